@@ -1,0 +1,319 @@
+//! Events and the envelope they travel in.
+//!
+//! On the wire an event is a [CloudEvent 1.0](https://github.com/cloudevents/spec) in the NATS binding's binary mode:
+//! attributes in `ce-` headers, data in the payload, so any stock client can read it.
+
+use std::borrow::Cow;
+use std::fmt;
+use std::str::FromStr;
+
+use bytes::Bytes;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use thiserror::Error;
+use uuid::Uuid;
+
+use crate::Timestamp;
+use crate::broker::Message;
+
+pub use consign_macros::Event;
+
+/// A fact that crosses a service border. Derive it:
+///
+/// ```
+/// use consign::Event;
+/// use schemars::JsonSchema;
+/// use serde::{Deserialize, Serialize};
+///
+/// #[derive(Clone, Serialize, Deserialize, JsonSchema, Event)]
+/// #[event(type = "orders.created", version = 1)]
+/// struct OrderCreated {
+///     order_id: String,
+/// }
+/// assert_eq!(OrderCreated::name(), "orders.created.v1");
+/// ```
+pub trait Event: Serialize + DeserializeOwned + JsonSchema + Clone + Send + Sync + 'static {
+    /// `<domain>.<event>`; only the service that owns the domain publishes it.
+    const TYPE: &'static str;
+    /// Counts from 1; a change that breaks a reader is a new version.
+    const VERSION: u32;
+
+    /// Type and version as one word, for example `orders.created.v1`.
+    fn name() -> String {
+        format!("{}.v{}", Self::TYPE, Self::VERSION)
+    }
+}
+
+/// An event's identity, a UUIDv7: what idempotency is measured by, whatever the broker calls the message.
+pub type EventId = Uuid;
+
+/// Ties together everything that followed from one request: 1 to 128 of `A-Z a-z 0-9 . _ : -`.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, JsonSchema)]
+#[schemars(inline)]
+pub struct CorrelationId(#[schemars(regex(pattern = r"^[A-Za-z0-9._:-]{1,128}$"))] String);
+
+impl CorrelationId {
+    /// A new one, when the caller brought none.
+    pub fn generate() -> Self {
+        Self(Uuid::now_v7().to_string())
+    }
+
+    /// The text of it.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+/// The text is not fit to be a correlation id.
+#[derive(Debug, Error)]
+#[error("a correlation id is 1 to 128 characters of A-Z, a-z, 0-9, '.', '_', ':' and '-'")]
+pub struct InvalidCorrelationId;
+
+impl FromStr for CorrelationId {
+    type Err = InvalidCorrelationId;
+    fn from_str(s: &str) -> Result<Self, Self::Err> {
+        let sane = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b':' | b'-');
+        if (1..=128).contains(&s.len()) && s.bytes().all(sane) {
+            Ok(Self(s.to_owned()))
+        } else {
+            Err(InvalidCorrelationId)
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for CorrelationId {
+    fn deserialize<D: serde::Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        Cow::<'de, str>::deserialize(d)?.parse().map_err(serde::de::Error::custom)
+    }
+}
+
+impl fmt::Display for CorrelationId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// How urgent an event is. Each lane has its own subjects, so that a flood of one cannot hold up the other.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Lane {
+    /// Ahead of everything else.
+    Express,
+    /// Everything else.
+    #[default]
+    Standard,
+}
+
+impl Lane {
+    /// The word in the subject.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Express => "express",
+            Self::Standard => "standard",
+        }
+    }
+}
+
+impl FromStr for Lane {
+    type Err = EnvelopeError;
+    fn from_str(s: &str) -> Result<Self, Self::Err> {
+        match s {
+            "express" => Ok(Self::Express),
+            "standard" => Ok(Self::Standard),
+            _ => Err(EnvelopeError::Malformed { attribute: "lane" }),
+        }
+    }
+}
+
+/// What an event follows from: handed on from request to event, and from event to event.
+#[derive(Clone, Debug)]
+pub struct Cause {
+    /// The request everything goes back to.
+    pub correlation_id: CorrelationId,
+    /// The event this one follows from; none for the first.
+    pub causation_id: Option<EventId>,
+    /// [W3C trace context](https://www.w3.org/TR/trace-context/).
+    pub traceparent: Option<String>,
+}
+
+impl Cause {
+    /// A beginning: a fresh correlation id, no cause.
+    pub fn new() -> Self {
+        Self { correlation_id: CorrelationId::generate(), causation_id: None, traceparent: None }
+    }
+}
+
+impl Default for Cause {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// An event's attributes: everything but its data.
+#[derive(Clone, Debug)]
+pub struct Envelope {
+    /// One per logical event, whatever versions and copies of it are published.
+    pub id: EventId,
+    /// `<domain>.<event>`.
+    pub event_type: Cow<'static, str>,
+    /// The version of the data's schema.
+    pub version: u32,
+    /// The service that published it, as `/services/<name>`.
+    pub source: Cow<'static, str>,
+    /// The aggregate it is about (CloudEvents `subject`).
+    pub aggregate_id: String,
+    /// The aggregate's version after the event; rises by at least one with each.
+    pub aggregate_version: u64,
+    /// When it happened.
+    pub time: Timestamp,
+    /// See [`Cause`].
+    pub cause: Cause,
+    /// See [`Lane`].
+    pub lane: Lane,
+}
+
+/// The message is no event we can read.
+#[derive(Debug, Error)]
+pub enum EnvelopeError {
+    /// A required attribute is not there.
+    #[error("header `ce-{attribute}` is missing; events are CloudEvents 1.0 in NATS binary mode")]
+    Missing {
+        /// Its name without `ce-`.
+        attribute: &'static str,
+    },
+    /// An attribute is there but cannot be read.
+    #[error("header `ce-{attribute}` is malformed")]
+    Malformed {
+        /// Its name without `ce-`.
+        attribute: &'static str,
+    },
+}
+
+impl Envelope {
+    /// What events that follow from this one are caused by.
+    pub fn as_cause(&self) -> Cause {
+        Cause {
+            correlation_id: self.cause.correlation_id.clone(),
+            causation_id: Some(self.id),
+            traceparent: self.cause.traceparent.clone(),
+        }
+    }
+
+    /// Type and version as one word, for example `orders.created.v1`.
+    pub fn name(&self) -> String {
+        format!("{}.v{}", self.event_type, self.version)
+    }
+
+    /// The message that carries this event. `key` becomes the subject's last token, for streams that keep the last
+    /// message per subject.
+    pub fn into_message(self, key: Option<&str>, payload: Bytes) -> Message {
+        let name = self.name();
+        let mut subject = format!("{name}.{}", self.lane.as_str());
+        if let Some(key) = key {
+            subject.push('.');
+            subject.push_str(key);
+        }
+        let mut headers = vec![
+            ("ce-specversion".into(), "1.0".into()),
+            ("ce-id".into(), self.id.to_string()),
+            ("ce-type".into(), name.clone()),
+            ("ce-source".into(), self.source.into_owned()),
+            ("ce-subject".into(), self.aggregate_id),
+            ("ce-time".into(), self.time.to_string()),
+            ("ce-dataschema".into(), format!("urn:consign:schema:{name}")),
+            ("content-type".into(), "application/json".into()),
+            ("ce-aggregateversion".into(), self.aggregate_version.to_string()),
+            ("ce-correlationid".into(), self.cause.correlation_id.0),
+            ("ce-lane".into(), self.lane.as_str().into()),
+        ];
+        if let Some(id) = self.cause.causation_id {
+            headers.push(("ce-causationid".into(), id.to_string()));
+        }
+        if let Some(traceparent) = self.cause.traceparent {
+            headers.push(("traceparent".into(), traceparent));
+        }
+        Message { subject, msg_id: Some(format!("{}:v{}", self.id, self.version)), headers, payload }
+    }
+
+    /// Reads the attributes of a message.
+    pub fn from_message(message: &Message) -> Result<Self, EnvelopeError> {
+        let get = |attribute: &'static str, header: &str| {
+            message.header(header).ok_or(EnvelopeError::Missing { attribute })
+        };
+        let malformed = |attribute| EnvelopeError::Malformed { attribute };
+        if get("specversion", "ce-specversion")? != "1.0" {
+            return Err(malformed("specversion"));
+        }
+        let (event_type, version) =
+            get("type", "ce-type")?.rsplit_once(".v").ok_or_else(|| malformed("type"))?;
+        let version = version.parse().map_err(|_| malformed("type"))?;
+        let causation_id = match message.header("ce-causationid") {
+            Some(text) => Some(text.parse().map_err(|_| malformed("causationid"))?),
+            None => None,
+        };
+        Ok(Self {
+            id: get("id", "ce-id")?.parse().map_err(|_| malformed("id"))?,
+            event_type: event_type.to_owned().into(),
+            version,
+            source: get("source", "ce-source")?.to_owned().into(),
+            aggregate_id: get("subject", "ce-subject")?.to_owned(),
+            aggregate_version: get("aggregateversion", "ce-aggregateversion")?
+                .parse()
+                .map_err(|_| malformed("aggregateversion"))?,
+            time: get("time", "ce-time")?.parse().map_err(|_| malformed("time"))?,
+            cause: Cause {
+                correlation_id: get("correlationid", "ce-correlationid")?
+                    .parse()
+                    .map_err(|_| malformed("correlationid"))?,
+                causation_id,
+                traceparent: message.header("traceparent").map(str::to_owned),
+            },
+            lane: message.header("ce-lane").map_or(Ok(Lane::Standard), str::parse)?,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn envelope() -> Envelope {
+        Envelope {
+            id: Uuid::now_v7(),
+            event_type: "orders.created".into(),
+            version: 2,
+            source: "/services/order".into(),
+            aggregate_id: "o-1".into(),
+            aggregate_version: 7,
+            time: Timestamp::from_millis(1_700_000_000_123),
+            cause: Cause { causation_id: Some(Uuid::now_v7()), ..Cause::new() },
+            lane: Lane::Express,
+        }
+    }
+
+    #[test]
+    fn what_is_written_is_read_back() {
+        let sent = envelope();
+        let message = sent.clone().into_message(Some("key"), Bytes::from_static(b"{}"));
+        assert_eq!(message.subject, "orders.created.v2.express.key");
+        assert_eq!(message.msg_id.as_deref(), Some(format!("{}:v2", sent.id).as_str()));
+        let read = Envelope::from_message(&message).unwrap();
+        assert_eq!(format!("{sent:?}"), format!("{read:?}"));
+    }
+
+    #[test]
+    fn a_missing_attribute_is_named() {
+        let mut message = envelope().into_message(None, Bytes::new());
+        message.headers.retain(|(name, _)| name != "ce-id");
+        let e = Envelope::from_message(&message).unwrap_err();
+        assert!(e.to_string().contains("ce-id"), "{e}");
+    }
+
+    #[test]
+    fn insane_correlation_ids_are_refused() {
+        for bad in ["", "a b", "a\nb", &"x".repeat(129)] {
+            assert!(bad.parse::<CorrelationId>().is_err(), "{bad:?}");
+        }
+        assert!("req-1.2:3_4".parse::<CorrelationId>().is_ok());
+    }
+}

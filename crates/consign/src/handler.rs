@@ -1,0 +1,261 @@
+//! Handlers: plain async functions with extractors, as in axum. The first argument says which event, the others what else is needed.
+
+use std::any::Any;
+use std::future::Future;
+use std::ops::Deref;
+use std::sync::Arc;
+
+use axum::extract::{FromRef, State};
+use thiserror::Error;
+
+use crate::db::{DbError, Slot, Tx};
+use crate::event::{Envelope, Event, EventId};
+use crate::outbox::EmitError;
+use crate::schema::SchemaViolation;
+
+/// Any error.
+pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
+
+/// Why a handler failed, and with it the event's fate.
+#[derive(Debug, Error)]
+#[error("{error}")]
+pub struct Failure {
+    pub(crate) fate: Fate,
+    #[source]
+    pub(crate) error: BoxError,
+    pub(crate) culprit: Option<EventId>,
+}
+
+/// What becomes of an event whose handler failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Fate {
+    /// Tried again later; a dead letter after too many.
+    Retry,
+    /// A dead letter at once: no retry would help.
+    DeadLetter,
+    /// Not the event's fault: the consumer pauses, and nothing is counted.
+    Pause,
+}
+
+impl Failure {
+    fn new(fate: Fate, error: impl Into<BoxError>) -> Self {
+        Self { fate, error: error.into(), culprit: None }
+    }
+
+    /// May work later: retried with backoff, a dead letter after `limit` failures.
+    pub fn retry(error: impl Into<BoxError>) -> Self {
+        Self::new(Fate::Retry, error)
+    }
+
+    /// Will never work: a dead letter at once.
+    pub fn dead_letter(error: impl Into<BoxError>) -> Self {
+        Self::new(Fate::DeadLetter, error)
+    }
+
+    /// The infrastructure's fault, not the event's: the consumer pauses and tries again without counting a failure.
+    pub fn pause(error: impl Into<BoxError>) -> Self {
+        Self::new(Fate::Pause, error)
+    }
+
+    /// In a batch handler: which event is at fault. The others then run again without it.
+    #[must_use]
+    pub fn of(self, event: &Envelope) -> Self {
+        Self { culprit: Some(event.id), ..self }
+    }
+}
+
+impl From<sqlx::Error> for Failure {
+    fn from(e: sqlx::Error) -> Self {
+        Self::from(DbError::Sql(e))
+    }
+}
+
+impl From<DbError> for Failure {
+    fn from(e: DbError) -> Self {
+        let fate = match &e {
+            DbError::InvalidEvent(_) => Fate::DeadLetter,
+            DbError::TransactionKept => Fate::Retry,
+            DbError::Sql(e) if is_statement_fault(e) => Fate::Retry,
+            _ => Fate::Pause,
+        };
+        Self::new(fate, e)
+    }
+}
+
+impl From<EmitError> for Failure {
+    fn from(e: EmitError) -> Self {
+        Self::dead_letter(e)
+    }
+}
+
+impl From<SchemaViolation> for Failure {
+    fn from(e: SchemaViolation) -> Self {
+        Self::dead_letter(e)
+    }
+}
+
+/// The statement or its data is wrong, rather than the database away, locked or full.
+fn is_statement_fault(e: &sqlx::Error) -> bool {
+    match e {
+        sqlx::Error::Database(e) => {
+            // SQLite's primary codes for what another try or more room may mend: BUSY, LOCKED, NOMEM, READONLY, INTERRUPT,
+            // IOERR, CORRUPT, FULL, CANTOPEN, PROTOCOL (https://sqlite.org/rescode.html).
+            let code = e.code().and_then(|c| c.parse::<i32>().ok()).map(|c| c & 0xff);
+            !matches!(code, Some(5..=11 | 13..=15))
+        }
+        sqlx::Error::RowNotFound
+        | sqlx::Error::TypeNotFound { .. }
+        | sqlx::Error::ColumnIndexOutOfBounds { .. }
+        | sqlx::Error::ColumnNotFound(_)
+        | sqlx::Error::ColumnDecode { .. }
+        | sqlx::Error::Encode(_)
+        | sqlx::Error::Decode(_) => true,
+        _ => false,
+    }
+}
+
+/// A decoded event and its envelope, before its type is known again.
+#[derive(Clone, Debug)]
+pub struct Incoming {
+    pub(crate) envelope: Arc<Envelope>,
+    pub(crate) event: Arc<dyn Any + Send + Sync>,
+}
+
+/// One call of a handler: one event, or for a batch handler all of the batch's. Layers wrap this.
+#[derive(Clone, Debug)]
+pub struct Call {
+    pub(crate) events: Arc<[Incoming]>,
+    pub(crate) slot: Slot,
+    pub(crate) consumer: Arc<str>,
+}
+
+impl Call {
+    /// The logical consumer that is handling.
+    pub fn consumer(&self) -> &str {
+        &self.consumer
+    }
+
+    /// The envelopes of the events handled.
+    pub fn envelopes(&self) -> impl Iterator<Item = &Envelope> {
+        self.events.iter().map(|e| &*e.envelope)
+    }
+}
+
+/// First argument of a handler that takes events one by one.
+#[derive(Clone, Debug)]
+pub struct Received<E>(pub E);
+
+/// First argument of a handler that takes all events of a batch at once.
+#[derive(Clone, Debug)]
+pub struct Batch<E>(pub Vec<Item<E>>);
+
+/// An event of a batch.
+#[derive(Clone, Debug)]
+pub struct Item<E> {
+    /// The event; also reached through `Deref`.
+    pub event: E,
+    /// Its attributes.
+    pub envelope: Arc<Envelope>,
+}
+
+impl<E> Deref for Item<E> {
+    type Target = E;
+    fn deref(&self) -> &E {
+        &self.event
+    }
+}
+
+/// The envelope of the event being handled.
+#[derive(Clone, Debug)]
+pub struct Meta(pub Arc<Envelope>);
+
+/// An argument of a handler after the first.
+pub trait FromCall<S>: Sized {
+    /// Takes it from the call, or says why it cannot be had.
+    fn from_call(call: &Call, state: &S) -> Result<Self, Failure>;
+}
+
+impl<S, T: FromRef<S>> FromCall<S> for State<T> {
+    fn from_call(_: &Call, state: &S) -> Result<Self, Failure> {
+        Ok(Self(T::from_ref(state)))
+    }
+}
+
+impl<S> FromCall<S> for Tx {
+    fn from_call(call: &Call, _: &S) -> Result<Self, Failure> {
+        call.slot.lend().ok_or_else(|| Failure::retry("the handler asks for the transaction twice"))
+    }
+}
+
+impl<S> FromCall<S> for Meta {
+    fn from_call(call: &Call, _: &S) -> Result<Self, Failure> {
+        first(call).map(|e| Self(Arc::clone(&e.envelope)))
+    }
+}
+
+fn first(call: &Call) -> Result<&Incoming, Failure> {
+    call.events.first().ok_or_else(|| Failure::retry("a call without an event"))
+}
+
+fn typed<E: Event>(incoming: &Incoming) -> Result<E, Failure> {
+    incoming.event.downcast_ref::<E>().cloned().ok_or_else(|| Failure::retry("routed to a handler of another event"))
+}
+
+/// An async function that handles an event. Implemented for functions of [`Received`] or [`Batch`] and up to five extractors.
+pub trait Handler<Args, S>: Clone + Send + Sync + 'static {
+    /// The event it handles.
+    type Event: Event;
+    /// Whether it takes whole batches.
+    const BATCH: bool;
+    /// Runs it.
+    fn call(self, call: Call, state: S) -> impl Future<Output = Result<(), Failure>> + Send;
+}
+
+macro_rules! impl_handler {
+    ($($T:ident),*) => {
+        #[allow(non_snake_case, unused_variables)]
+        impl<F, Fut, S, E, $($T,)*> Handler<(Received<E>, $($T,)*), S> for F
+        where
+            F: Fn(Received<E>, $($T),*) -> Fut + Clone + Send + Sync + 'static,
+            Fut: Future<Output = Result<(), Failure>> + Send,
+            S: Send + Sync + 'static,
+            E: Event,
+            $($T: FromCall<S> + Send,)*
+        {
+            type Event = E;
+            const BATCH: bool = false;
+            async fn call(self, call: Call, state: S) -> Result<(), Failure> {
+                let event = Received(typed::<E>(first(&call)?)?);
+                $(let $T = $T::from_call(&call, &state)?;)*
+                self(event, $($T),*).await
+            }
+        }
+
+        #[allow(non_snake_case, unused_variables)]
+        impl<F, Fut, S, E, $($T,)*> Handler<(Batch<E>, $($T,)*), S> for F
+        where
+            F: Fn(Batch<E>, $($T),*) -> Fut + Clone + Send + Sync + 'static,
+            Fut: Future<Output = Result<(), Failure>> + Send,
+            S: Send + Sync + 'static,
+            E: Event,
+            $($T: FromCall<S> + Send,)*
+        {
+            type Event = E;
+            const BATCH: bool = true;
+            async fn call(self, call: Call, state: S) -> Result<(), Failure> {
+                let items = call.events.iter().map(|e| {
+                    Ok(Item { event: typed::<E>(e)?, envelope: Arc::clone(&e.envelope) })
+                });
+                let batch = Batch(items.collect::<Result<_, Failure>>()?);
+                $(let $T = $T::from_call(&call, &state)?;)*
+                self(batch, $($T),*).await
+            }
+        }
+    };
+}
+impl_handler!();
+impl_handler!(T1);
+impl_handler!(T1, T2);
+impl_handler!(T1, T2, T3);
+impl_handler!(T1, T2, T3, T4);
+impl_handler!(T1, T2, T3, T4, T5);

@@ -1,0 +1,27 @@
+//! Consign: event-driven services whose events take effect exactly once.
+#![warn(missing_docs)]
+
+// The derive macro names this crate by its name, in here too.
+extern crate self as consign;
+
+pub mod broker;
+pub mod consumer;
+pub mod db;
+pub mod dead_letter;
+pub mod event;
+pub mod handler;
+mod inbox;
+pub mod layer;
+pub mod outbox;
+pub mod retry;
+pub mod schema;
+pub mod tasks;
+pub mod telemetry;
+mod time;
+
+pub use consumer::{Consumer, ConsumerOptions};
+pub use db::{Db, DbError, Migration, Tx};
+pub use event::{CorrelationId, Event, EventId, Lane};
+pub use handler::{Batch, Failure, Meta, Received};
+pub use outbox::Emission;
+pub use time::{Clock, Timestamp};

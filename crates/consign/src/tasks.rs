@@ -1,0 +1,416 @@
+//! Durable work in the caller's transaction: calls to the outside, deadlines, polling.
+//!
+//! A task is scheduled in a transaction and exists if that commits. A worker leases it, runs it outside any transaction, and
+//! commits its outcome together with its removal. A crash between leaves the lease to run out, and the task runs again; so what it calls must
+//! take an idempotency key.
+
+use std::collections::BTreeMap;
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use futures_util::FutureExt;
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use sqlx::sqlite::SqliteRow;
+use sqlx::{Row, SqliteConnection};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use crate::db::{Db, DbError, Tx};
+use crate::event::Cause;
+use crate::handler::BoxError;
+use crate::outbox::to_json;
+use crate::retry::{Backoff, RetryPolicy};
+use crate::{Timestamp, telemetry};
+
+/// What is to be done, as it is stored.
+pub trait Task: Serialize + DeserializeOwned + Send + Sync + 'static {
+    /// Names its handler, for good: rows carry it.
+    const KIND: &'static str;
+}
+
+/// A task a worker has leased.
+#[derive(Clone, Debug)]
+pub struct Leased<T> {
+    id: i64,
+    /// Unique among tasks of its kind.
+    pub key: String,
+    /// What is to be done.
+    pub payload: T,
+    /// How often it has been tried, this time included.
+    pub attempts: u32,
+    /// Since when it could run.
+    pub due_at: Timestamp,
+    /// What it follows from.
+    pub cause: Cause,
+}
+
+/// How a kind of task is worked off.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TaskOptions {
+    /// How many run at a time.
+    pub concurrency: usize,
+    /// A run is given up after this, and tried again later.
+    #[serde(with = "humantime_serde")]
+    pub timeout: Duration,
+    /// A task leased for longer is taken over; longer than `timeout`.
+    #[serde(with = "humantime_serde")]
+    pub lease: Duration,
+    /// Waits between tries; tasks are tried until they end, so the limit does not count here.
+    pub retry: RetryPolicy,
+}
+
+impl Default for TaskOptions {
+    fn default() -> Self {
+        Self {
+            concurrency: 256,
+            timeout: Duration::from_secs(10),
+            lease: Duration::from_secs(30),
+            retry: RetryPolicy::default(),
+        }
+    }
+}
+
+/// Does the tasks of one kind.
+#[async_trait]
+pub trait TaskHandler: Send + Sync + 'static {
+    /// The task.
+    type Task: Task + Clone;
+    /// What a run found out.
+    type Output: Send + 'static;
+
+    /// Does it, outside any transaction. An error means: later again.
+    async fn run(&self, task: &Leased<Self::Task>) -> Result<Self::Output, BoxError>;
+
+    /// Records outcomes, all that have gathered, in the transaction that removes their tasks. May run again for the same outputs if
+    /// the transaction fails.
+    async fn finish(
+        &self,
+        tx: &mut Tx,
+        done: &[(Leased<Self::Task>, Self::Output)],
+    ) -> Result<(), DbError>;
+}
+
+/// A row of `tasks` to be.
+#[derive(Debug, Serialize)]
+pub(crate) struct Scheduled {
+    kind: &'static str,
+    key: String,
+    payload: String,
+    due_at: i64,
+    correlation_id: String,
+    causation_id: Option<String>,
+    traceparent: Option<String>,
+}
+
+impl Scheduled {
+    pub(crate) fn new<T: Task>(key: String, payload: &T, due: Timestamp, cause: Cause) -> Result<Self, DbError> {
+        Ok(Self {
+            kind: T::KIND,
+            key,
+            payload: to_json(payload)?,
+            due_at: due.as_millis(),
+            correlation_id: cause.correlation_id.as_str().to_owned(),
+            causation_id: cause.causation_id.map(|id| id.to_string()),
+            traceparent: cause.traceparent,
+        })
+    }
+}
+
+/// One statement for all that is scheduled, one per kind for all that is cancelled.
+pub(crate) async fn write(
+    conn: &mut SqliteConnection,
+    db: &Db,
+    scheduled: &[Scheduled],
+    cancelled: &[(&'static str, String)],
+) -> Result<(), sqlx::Error> {
+    let now = db.clock().now().as_millis();
+    if !scheduled.is_empty() {
+        db.count_statement();
+        sqlx::query(
+            "INSERT INTO tasks (kind, key, payload, due_at, correlation_id, causation_id, traceparent, created_at)
+             SELECT value ->> 'kind', value ->> 'key', value ->> 'payload', value ->> 'due_at',
+                 value ->> 'correlation_id', value ->> 'causation_id', value ->> 'traceparent', ?
+             FROM json_each(?) WHERE true ON CONFLICT (kind, key) DO NOTHING",
+        )
+        .bind(now)
+        .bind(to_json(&scheduled)?)
+        .execute(&mut *conn)
+        .await?;
+    }
+    let mut by_kind: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    for (kind, key) in cancelled {
+        by_kind.entry(kind).or_default().push(key);
+    }
+    for (kind, keys) in by_kind {
+        db.count_statement();
+        sqlx::query(
+            "DELETE FROM tasks WHERE kind = ? AND lease_until <= ? AND key IN (SELECT value FROM json_each(?))",
+        )
+        .bind(kind)
+        .bind(now)
+        .bind(to_json(&keys)?)
+        .execute(&mut *conn)
+        .await?;
+    }
+    Ok(())
+}
+
+/// Works off one kind of task until told to stop, then finishes what is under way.
+pub(crate) async fn work<H: TaskHandler>(
+    db: Db,
+    handler: Arc<H>,
+    options: TaskOptions,
+    stop: CancellationToken,
+) {
+    Worker { db, handler, options, running: JoinSet::new() }.run(stop).await;
+}
+
+struct Worker<H: TaskHandler> {
+    db: Db,
+    handler: Arc<H>,
+    options: TaskOptions,
+    running: JoinSet<(Leased<H::Task>, Result<H::Output, BoxError>)>,
+}
+
+impl<H: TaskHandler> Worker<H> {
+    async fn run(mut self, stop: CancellationToken) {
+        let kind = H::Task::KIND;
+        let mut wake = self.db.tasks_wake().subscribe();
+        let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(10));
+        let mut released = false;
+        loop {
+            let step = async {
+                if !released {
+                    release_leases(&self.db, kind).await?;
+                    released = true;
+                }
+                wake.mark_unchanged();
+                let free = self.options.concurrency.saturating_sub(self.running.len());
+                if free > 0 && !stop.is_cancelled() { self.claim(free).await } else { Ok(0) }
+            };
+            match step.await {
+                Ok(_) => backoff.reset(),
+                Err(error) => {
+                    let delay = backoff.next();
+                    tracing::warn!(kind, error = telemetry::chain(&error), retry_in = ?delay, "tasks cannot be claimed");
+                    tokio::time::sleep(delay).await;
+                    continue;
+                }
+            }
+            if stop.is_cancelled() && self.running.is_empty() {
+                return;
+            }
+            let idle = self.until_next_due().await;
+            let full = self.running.len() >= self.options.concurrency;
+            tokio::select! {
+                Some(first) = self.running.join_next(), if !self.running.is_empty() => self.collect(first).await,
+                _ = wake.changed(), if !full && !stop.is_cancelled() => {}
+                () = tokio::time::sleep(idle), if !full && !stop.is_cancelled() => {}
+                () = stop.cancelled(), if !stop.is_cancelled() => {}
+            }
+        }
+    }
+
+    /// How long until a task falls due that nobody will announce.
+    async fn until_next_due(&self) -> Duration {
+        const LONGEST: Duration = Duration::from_secs(5);
+        let next: Result<Option<i64>, _> = sqlx::query_scalar(
+            "SELECT MIN(MAX(due_at, lease_until)) FROM
+               (SELECT due_at, lease_until FROM tasks WHERE kind = ? ORDER BY due_at LIMIT ?)",
+        )
+        .bind(H::Task::KIND)
+        .bind(i64::try_from(self.options.concurrency + 1).unwrap_or(i64::MAX))
+        .fetch_one(self.db.readers())
+        .await;
+        match next {
+            Ok(Some(at)) => {
+                let wait = Timestamp::from_millis(at).since(self.db.clock().now());
+                wait.clamp(Duration::from_millis(1), LONGEST)
+            }
+            _ => LONGEST,
+        }
+    }
+
+    async fn claim(&mut self, limit: usize) -> Result<usize, DbError> {
+        let now = self.db.clock().now();
+        // Looking costs no write; most looks find nothing.
+        let due: i64 = sqlx::query_scalar(
+            "SELECT EXISTS (SELECT 1 FROM tasks WHERE kind = ? AND due_at <= ? AND lease_until <= ?)",
+        )
+        .bind(H::Task::KIND)
+        .bind(now.as_millis())
+        .bind(now.as_millis())
+        .fetch_one(self.db.readers())
+        .await?;
+        if due == 0 {
+            return Ok(0);
+        }
+        let mut tx = self.db.begin().await?;
+        tx.count_statement();
+        let rows = sqlx::query(
+            "UPDATE tasks SET lease_until = ?, attempts = attempts + 1 WHERE id IN
+               (SELECT id FROM tasks WHERE kind = ? AND due_at <= ? AND lease_until <= ? ORDER BY due_at LIMIT ?)
+             RETURNING *",
+        )
+        .bind((now + self.options.lease).as_millis())
+        .bind(H::Task::KIND)
+        .bind(now.as_millis())
+        .bind(now.as_millis())
+        .bind(i64::try_from(limit).unwrap_or(i64::MAX))
+        .fetch_all(tx.sqlite())
+        .await?;
+        tx.commit().await?;
+        for row in &rows {
+            let task = leased::<H::Task>(row)?;
+            let (handler, timeout) = (Arc::clone(&self.handler), self.options.timeout);
+            self.running.spawn(async move {
+                let result = run_one(handler.as_ref(), &task, timeout).await;
+                (task, result)
+            });
+        }
+        Ok(rows.len())
+    }
+
+    /// Commits what has finished so far, all at once.
+    async fn collect(&mut self, first: Result<(Leased<H::Task>, Result<H::Output, BoxError>), tokio::task::JoinError>) {
+        let mut done = Vec::new();
+        let mut failed = Vec::new();
+        let mut next = Some(first);
+        while let Some(joined) = next {
+            match joined {
+                Ok((task, Ok(output))) => done.push((task, output)),
+                Ok((task, Err(error))) => failed.push((task, error)),
+                // Panics are caught in `run_one`, so this is a runtime going down; leases run out.
+                Err(error) => tracing::error!(%error, "a task was aborted"),
+            }
+            next = self.running.try_join_next();
+        }
+        let mut backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(5));
+        for _ in 0..10 {
+            match self.settle(&mut done, &failed).await {
+                Ok(()) => return,
+                Err(error) => {
+                    let delay = backoff.next();
+                    tracing::warn!(
+                        kind = H::Task::KIND, error = telemetry::chain(&error), retry_in = ?delay,
+                        "outcomes of tasks cannot be recorded"
+                    );
+                    tokio::time::sleep(delay).await;
+                }
+            }
+        }
+        tracing::error!(kind = H::Task::KIND, tasks = done.len(), "outcomes given up; the tasks run again when their leases end");
+    }
+
+    async fn settle(
+        &self,
+        done: &mut Vec<(Leased<H::Task>, H::Output)>,
+        failed: &[(Leased<H::Task>, BoxError)],
+    ) -> Result<(), DbError> {
+        let mut tx = self.db.begin().await?;
+        if !done.is_empty() {
+            // Attempts fence: who lost the lease to somebody else finds its row changed.
+            let keys: Vec<(i64, u32)> = done.iter().map(|(t, _)| (t.id, t.attempts)).collect();
+            tx.count_statement();
+            let rows = sqlx::query(
+                "DELETE FROM tasks WHERE (id, attempts) IN (SELECT value ->> 0, value ->> 1 FROM json_each(?))
+                 RETURNING id",
+            )
+            .bind(to_json(&keys)?)
+            .fetch_all(tx.sqlite())
+            .await?;
+            let ours: std::collections::HashSet<i64> =
+                rows.iter().map(|r| r.try_get("id")).collect::<Result<_, _>>()?;
+            done.retain(|(t, _)| ours.contains(&t.id));
+            self.handler.finish(&mut tx, done).await?;
+        }
+        if !failed.is_empty() {
+            let now = self.db.clock().now();
+            let rows: Vec<(i64, u32, i64, String)> = failed
+                .iter()
+                .map(|(t, e)| {
+                    let due = now + self.options.retry.delay(t.attempts);
+                    (t.id, t.attempts, due.as_millis(), telemetry::chain(e.as_ref()))
+                })
+                .collect();
+            tx.count_statement();
+            sqlx::query(
+                "UPDATE tasks SET lease_until = 0, due_at = e.value ->> 2, last_error = e.value ->> 3
+                 FROM json_each(?) e WHERE id = e.value ->> 0 AND attempts = e.value ->> 1",
+            )
+            .bind(to_json(&rows)?)
+            .execute(tx.sqlite())
+            .await?;
+        }
+        tx.commit().await?;
+        let count = |outcome: &'static str, n: usize| {
+            metrics::counter!("consign_tasks_total", "service" => self.db.service().to_owned(), "kind" => H::Task::KIND, "outcome" => outcome)
+                .increment(n as u64);
+        };
+        count("done", done.len());
+        count("retried", failed.len());
+        Ok(())
+    }
+}
+
+async fn run_one<H: TaskHandler>(
+    handler: &H,
+    task: &Leased<H::Task>,
+    timeout: Duration,
+) -> Result<H::Output, BoxError> {
+    let run = AssertUnwindSafe(handler.run(task)).catch_unwind();
+    let result = match tokio::time::timeout(timeout, run).await {
+        Ok(Ok(result)) => result,
+        Ok(Err(panic)) => Err(format!("panicked: {}", telemetry::panic_message(&*panic)).into()),
+        Err(_) => Err(format!("no outcome within {timeout:?}").into()),
+    };
+    if let Err(error) = &result {
+        tracing::warn!(
+            kind = H::Task::KIND, key = task.key, attempts = task.attempts, correlation_id = %task.cause.correlation_id,
+            error = telemetry::chain(error.as_ref()), "a task failed and will be tried again"
+        );
+    }
+    result
+}
+
+/// At start nobody else holds a lease: a SQLite file has one process.
+async fn release_leases(db: &Db, kind: &str) -> Result<(), DbError> {
+    let mut tx = db.begin().await?;
+    sqlx::query("UPDATE tasks SET lease_until = 0 WHERE kind = ? AND lease_until > 0")
+        .bind(kind)
+        .execute(tx.sqlite())
+        .await?;
+    tx.commit().await
+}
+
+fn leased<T: Task>(row: &SqliteRow) -> Result<Leased<T>, sqlx::Error> {
+    fn decode(e: impl std::error::Error + Send + Sync + 'static) -> sqlx::Error {
+        sqlx::Error::Decode(Box::new(e))
+    }
+    let causation_id: Option<&str> = row.try_get("causation_id")?;
+    Ok(Leased {
+        id: row.try_get("id")?,
+        key: row.try_get("key")?,
+        payload: serde_json::from_str(row.try_get("payload")?).map_err(decode)?,
+        attempts: row.try_get("attempts")?,
+        due_at: Timestamp::from_millis(row.try_get("due_at")?),
+        cause: Cause {
+            correlation_id: row.try_get::<&str, _>("correlation_id")?.parse().map_err(decode)?,
+            causation_id: causation_id.map(str::parse).transpose().map_err(decode)?,
+            traceparent: row.try_get("traceparent")?,
+        },
+    })
+}
+
+/// How many tasks could run now, for metrics.
+pub(crate) async fn due(db: &Db) -> Result<u64, sqlx::Error> {
+    let n: i64 = sqlx::query_scalar("SELECT COUNT(*) FROM tasks WHERE due_at <= ? AND lease_until <= ?")
+        .bind(db.clock().now().as_millis())
+        .bind(db.clock().now().as_millis())
+        .fetch_one(db.readers())
+        .await?;
+    Ok(u64::try_from(n).unwrap_or(0))
+}
