@@ -5,16 +5,19 @@
 extern crate self as consign;
 
 pub mod broker;
+pub mod config;
 pub mod consumer;
 pub mod db;
 pub mod dead_letter;
 pub mod event;
 pub mod handler;
+pub mod http;
 mod inbox;
 pub mod layer;
 pub mod outbox;
 pub mod retry;
 pub mod schema;
+pub mod service;
 pub mod tasks;
 pub mod telemetry;
 mod time;
@@ -24,4 +27,6 @@ pub use db::{Db, DbError, Migration, Tx};
 pub use event::{CorrelationId, Event, EventId, Lane};
 pub use handler::{Batch, Failure, Meta, Received};
 pub use outbox::Emission;
+pub use service::Service;
+pub use outbox::to_json;
 pub use time::{Clock, Timestamp};

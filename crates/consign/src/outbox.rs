@@ -158,7 +158,8 @@ pub(crate) async fn write(
     Ok(())
 }
 
-pub(crate) fn to_json<T: Serialize>(value: &T) -> Result<String, sqlx::Error> {
+/// JSON for a statement's parameter: `json_each(?)` turns it into rows, so that one statement serves a whole batch.
+pub fn to_json<T: Serialize>(value: &T) -> Result<String, sqlx::Error> {
     serde_json::to_string(value).map_err(|e| sqlx::Error::Encode(Box::new(e)))
 }
 

@@ -1,0 +1,87 @@
+//! Order: takes orders, and carries each to its end.
+//!
+//! Consumes `inventory.reserved`, `inventory.rejected`, `payments.*`, `products.changed`; publishes `orders.created`,
+//! `orders.confirmed`, `orders.cancelled`. It alone decides an order's fate, its deadline included.
+
+mod accept;
+mod deadline;
+pub mod domain;
+mod http;
+mod saga;
+mod store;
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use consign::broker::{Broker, StreamConfig};
+use consign::config::{OutboxConfig, ServiceConfig};
+use consign::http::HttpConfig;
+use consign::tasks::TaskOptions;
+use consign::{Clock, ConsumerOptions, Db, DbError, Migration, Service};
+use contracts::streams;
+use serde::{Deserialize, Serialize};
+
+/// The service's name, in configuration, logs, metrics and event sources.
+pub const NAME: &str = "order";
+
+const MIGRATIONS: &[Migration] =
+    &[Migration { version: 1, name: "orders, timeline, products", sql: include_str!("../migrations/1.sql") }];
+
+/// The section `[order]`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// Where it listens.
+    pub http: HttpConfig,
+    /// The outbox's limits.
+    pub outbox: OutboxConfig,
+    /// How consumers behave.
+    pub consumer: ConsumerOptions,
+    /// How tasks are worked off.
+    pub tasks: TaskOptions,
+    /// Unpaid for so long, an order is cancelled.
+    #[serde(with = "humantime_serde")]
+    pub deadline: Duration,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            http: HttpConfig { listen: ([127, 0, 0, 1], 8080).into(), ..HttpConfig::default() },
+            outbox: OutboxConfig::default(),
+            consumer: ConsumerOptions::default(),
+            tasks: TaskOptions::default(),
+            deadline: Duration::from_secs(15 * 60),
+        }
+    }
+}
+
+impl Config {
+    /// What every service has to be told.
+    pub fn service(&self) -> ServiceConfig {
+        ServiceConfig { http: self.http.clone(), outbox: self.outbox, consumer: self.consumer, tasks: self.tasks }
+    }
+}
+
+/// Opens the service's database.
+pub async fn open(path: &Path, clock: Clock) -> Result<Db, DbError> {
+    Db::open(path, NAME, MIGRATIONS, clock).await
+}
+
+/// The whole service, ready to start.
+pub fn service(config: &Config, db: Db, broker: Arc<dyn Broker>) -> Service {
+    let options = config.consumer;
+    let state = http::AppState {
+        db: db.clone(),
+        acceptor: accept::acceptor(db.clone(), config.deadline),
+        limit: http::Pending(config.outbox.max_pending),
+    };
+    Service::new(config.service(), db, broker, "Takes orders, and carries each to its end.")
+        .stream(StreamConfig::new(streams::ORDERS, &["orders.>"]))
+        .consumer(saga::inventory(options).with_state(()))
+        .consumer(saga::payments(options).with_state(()))
+        .consumer(saga::products(options).with_state(()))
+        .tasks(deadline::Expire, config.tasks)
+        .http(http::router(state))
+}

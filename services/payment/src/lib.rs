@@ -1,0 +1,84 @@
+//! Payment: charges orders through a gateway, exactly once or not at all, and gives back what was charged in vain.
+//!
+//! Consumes `inventory.reserved`, `orders.cancelled`; publishes `payments.succeeded`, `payments.failed`, `payments.refunded`.
+
+mod calls;
+pub mod domain;
+pub mod gateway;
+mod http;
+mod steps;
+mod store;
+
+use std::path::Path;
+use std::sync::Arc;
+
+use consign::broker::{Broker, StreamConfig};
+use consign::config::{OutboxConfig, ServiceConfig};
+use consign::http::HttpConfig;
+use consign::tasks::TaskOptions;
+use consign::{Clock, ConsumerOptions, Db, DbError, Migration, Service};
+use contracts::streams;
+use serde::{Deserialize, Serialize};
+
+use calls::{Calls, Refunds};
+use gateway::{Knobs, SimulatedGateway};
+
+/// The service's name, in configuration, logs, metrics and event sources.
+pub const NAME: &str = "payment";
+
+const MIGRATIONS: &[Migration] =
+    &[Migration { version: 1, name: "payments", sql: include_str!("../migrations/1.sql") }];
+
+/// The section `[payment]`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// Where it listens.
+    pub http: HttpConfig,
+    /// The outbox's limits.
+    pub outbox: OutboxConfig,
+    /// How consumers behave.
+    pub consumer: ConsumerOptions,
+    /// How calls to the gateway are worked off.
+    pub tasks: TaskOptions,
+    /// How the simulated gateway behaves at start.
+    pub gateway: Knobs,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            http: HttpConfig { listen: ([127, 0, 0, 1], 8082).into(), ..HttpConfig::default() },
+            outbox: OutboxConfig::default(),
+            consumer: ConsumerOptions::default(),
+            tasks: TaskOptions::default(),
+            gateway: Knobs::default(),
+        }
+    }
+}
+
+impl Config {
+    /// What every service has to be told.
+    pub fn service(&self) -> ServiceConfig {
+        ServiceConfig { http: self.http.clone(), outbox: self.outbox, consumer: self.consumer, tasks: self.tasks }
+    }
+}
+
+/// Opens the service's database.
+pub async fn open(path: &Path, clock: Clock) -> Result<Db, DbError> {
+    Db::open(path, NAME, MIGRATIONS, clock).await
+}
+
+/// The whole service, ready to start.
+pub fn service(config: &Config, db: Db, broker: Arc<dyn Broker>, gateway: SimulatedGateway) -> Service {
+    let options = config.consumer;
+    let calls = Calls { db: db.clone(), gateway: Arc::new(gateway.clone()) };
+    let state = http::AppState { db: db.clone(), gateway };
+    Service::new(config.service(), db, broker, "Charges orders, exactly once or not at all.")
+        .stream(StreamConfig::new(streams::PAYMENTS, &["payments.>"]))
+        .consumer(steps::inventory(options).with_state(()))
+        .consumer(steps::orders(options).with_state(()))
+        .tasks(calls.clone(), config.tasks)
+        .tasks(Refunds(calls), config.tasks)
+        .http(http::router(state))
+}

@@ -90,3 +90,14 @@ CREATE TABLE dead_letter_audit (
     at             INTEGER NOT NULL
 );
 CREATE INDEX dead_letter_audit_of ON dead_letter_audit (dead_letter_id);
+
+-- Answers already given, by idempotency key.
+CREATE TABLE idempotency (
+    operation   TEXT NOT NULL,
+    key         TEXT NOT NULL,
+    fingerprint TEXT NOT NULL,
+    answer      TEXT NOT NULL,
+    created_at  INTEGER NOT NULL,
+    PRIMARY KEY (operation, key)
+) WITHOUT ROWID;
+CREATE INDEX idempotency_age ON idempotency (created_at);

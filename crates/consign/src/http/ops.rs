@@ -1,0 +1,160 @@
+//! What every service answers for its operators: liveness, readiness, health, metrics, dead letters.
+
+use std::sync::Arc;
+
+use aide::axum::ApiRouter;
+use aide::axum::routing::{get_with, post_with};
+use axum::Json;
+use axum::extract::{Path, State};
+use axum::http::StatusCode;
+use axum::response::IntoResponse;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::{Admin, Body, Params, Problem};
+use crate::dead_letter::{self, DeadLetter, Filter, Reason, Status};
+use crate::service::Vitals;
+use crate::telemetry;
+
+pub(crate) fn router(vitals: Arc<Vitals>) -> ApiRouter {
+    ApiRouter::new()
+        .api_route("/livez", get_with(livez, |o| o.summary("Alive: the event loop turns").tag("operations")))
+        .api_route("/readyz", get_with(readyz, |o| o.summary("Ready to take requests").tag("operations")))
+        .api_route("/health", get_with(health, |o| o.summary("Everything, the broker included").tag("operations")))
+        .api_route("/metrics", get_with(metrics, |o| o.summary("Prometheus metrics").tag("operations")))
+        .api_route(
+            "/admin/dead-letters",
+            get_with(list, |o| o.summary("Dead letters, the newest first").tag("operations")),
+        )
+        .api_route(
+            "/admin/dead-letters/{id}",
+            get_with(show, |o| o.summary("One dead letter, whole").tag("operations")),
+        )
+        .api_route(
+            "/admin/dead-letters/redrive",
+            post_with(redrive, |o| o.summary("Run dead letters again").tag("operations")),
+        )
+        .api_route(
+            "/admin/dead-letters/discard",
+            post_with(discard, |o| o.summary("Give dead letters up").tag("operations")),
+        )
+        .with_state(vitals)
+}
+
+async fn livez() -> &'static str {
+    "ok\n"
+}
+
+async fn readyz(State(vitals): State<Arc<Vitals>>) -> Result<&'static str, Problem> {
+    match vitals.not_ready().await {
+        None => Ok("ok\n"),
+        Some(why) => Err(Problem::unavailable(why, 2)),
+    }
+}
+
+async fn health(State(vitals): State<Arc<Vitals>>) -> impl aide::axum::IntoApiResponse {
+    let report = vitals.report().await;
+    let status = if report["status"] == "failing" { StatusCode::SERVICE_UNAVAILABLE } else { StatusCode::OK };
+    (status, Json(report)).into_response()
+}
+
+async fn metrics(State(vitals): State<Arc<Vitals>>) -> impl aide::axum::IntoApiResponse {
+    vitals.measure().await;
+    let content_type = [(axum::http::header::CONTENT_TYPE, "text/plain; version=0.0.4")];
+    (content_type, telemetry::metrics().render()).into_response()
+}
+
+#[derive(Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct ListParams {
+    consumer: Option<String>,
+    event: Option<String>,
+    reason: Option<Reason>,
+    /// `open` if left out.
+    status: Option<Status>,
+    /// The last id of the page before.
+    before: Option<String>,
+    /// 1 to 500.
+    limit: Option<u32>,
+}
+
+#[derive(Serialize, JsonSchema)]
+struct DeadLetters {
+    dead_letters: Vec<DeadLetter>,
+}
+
+async fn list(
+    _: Admin,
+    State(vitals): State<Arc<Vitals>>,
+    Params(p): Params<ListParams>,
+) -> Result<Json<DeadLetters>, Problem> {
+    let filter = Filter { ids: None, consumer: p.consumer, event: p.event, reason: p.reason };
+    let limit = p.limit.unwrap_or(100);
+    if !(1..=500).contains(&limit) {
+        return Err(Problem::bad_request("limit: 1 to 500"));
+    }
+    let status = p.status.unwrap_or(Status::Open);
+    let dead_letters = dead_letter::list(&vitals.db, &filter, Some(status), p.before.as_deref(), limit).await?;
+    Ok(Json(DeadLetters { dead_letters }))
+}
+
+async fn show(
+    _: Admin,
+    State(vitals): State<Arc<Vitals>>,
+    Path(id): Path<String>,
+) -> Result<Json<DeadLetter>, Problem> {
+    let found = dead_letter::get(&vitals.db, &id).await?;
+    found.map(Json).ok_or_else(|| Problem::not_found(format!("no dead letter {id} here")))
+}
+
+#[derive(Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct Change {
+    /// Which; must not be empty unless `all` is set.
+    #[serde(default)]
+    filter: Filter,
+    /// Really all that are open.
+    #[serde(default)]
+    all: bool,
+    /// Redrive also what failed too often already.
+    #[serde(default)]
+    force: bool,
+    /// Only say which it would be.
+    #[serde(default)]
+    dry_run: bool,
+}
+
+#[derive(Serialize, JsonSchema)]
+struct Changed {
+    ids: Vec<String>,
+    dry_run: bool,
+}
+
+fn checked(change: &Change) -> Result<(), Problem> {
+    let f = &change.filter;
+    let empty = f.ids.is_none() && f.consumer.is_none() && f.event.is_none() && f.reason.is_none();
+    if empty && !change.all {
+        return Err(Problem::bad_request("name a filter (ids, consumer, event, reason), or set all to true"));
+    }
+    Ok(())
+}
+
+async fn redrive(
+    _: Admin,
+    State(vitals): State<Arc<Vitals>>,
+    Body { value: c, .. }: Body<Change>,
+) -> Result<Json<Changed>, Problem> {
+    checked(&c)?;
+    let ids = dead_letter::redrive(&vitals.db, &c.filter, c.force, c.dry_run).await?;
+    Ok(Json(Changed { ids, dry_run: c.dry_run }))
+}
+
+async fn discard(
+    _: Admin,
+    State(vitals): State<Arc<Vitals>>,
+    Body { value: c, .. }: Body<Change>,
+) -> Result<Json<Changed>, Problem> {
+    checked(&c)?;
+    let ids = dead_letter::discard(&vitals.db, &c.filter, c.dry_run).await?;
+    Ok(Json(Changed { ids, dry_run: c.dry_run }))
+}

@@ -1,0 +1,458 @@
+//! A service: its database, streams, consumers, tasks and HTTP, started in order and stopped in order.
+
+use std::future::Future;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use aide::axum::ApiRouter;
+use aide::openapi::{Components, Info, OpenApi, ReferenceOr, SecurityScheme};
+use aide::scalar::Scalar;
+use axum::extract::DefaultBodyLimit;
+use axum::routing::get;
+use axum::{Json, Router};
+use serde_json::{Value, json};
+use thiserror::Error;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::broker::{Broker, BrokerError, StreamConfig};
+use crate::config::ServiceConfig;
+use crate::consumer::ReadyConsumer;
+use crate::db::{Db, DbError};
+use crate::http::{Edge, guard, method_not_allowed, not_found, ops_router};
+use crate::retry::Backoff;
+use crate::tasks::{TaskHandler, TaskOptions};
+use crate::{dead_letter, outbox, tasks, telemetry};
+
+/// How often gauges are measured and old rows looked for.
+const HOUSEKEEPING: Duration = Duration::from_secs(30);
+/// Rows pruned per transaction.
+const PRUNE_STEP: u64 = 1000;
+
+type Worker = Box<dyn FnOnce(CancellationToken) -> Pin<Box<dyn Future<Output = ()> + Send>> + Send>;
+
+/// A service could not start.
+#[derive(Debug, Error)]
+pub enum StartError {
+    /// A stream cannot be had.
+    #[error("stream `{stream}`")]
+    Stream {
+        /// Which.
+        stream: String,
+        #[source]
+        /// Why.
+        source: BrokerError,
+    },
+    /// The address cannot be listened on.
+    #[error("{service} cannot listen on {address}; is something else running there? Set {service}.http.listen")]
+    Listen {
+        /// The service.
+        service: String,
+        /// Where.
+        address: SocketAddr,
+        #[source]
+        /// Why.
+        source: std::io::Error,
+    },
+}
+
+/// Old rows of a table, to be removed in small steps.
+#[derive(Clone, Copy, Debug)]
+pub struct Prune {
+    /// Deletes up to 1000 rows older than `?1` (milliseconds).
+    pub sql: &'static str,
+    /// How long rows are kept.
+    pub keep: Duration,
+}
+
+/// Everything a service is, before it runs.
+pub struct Service {
+    config: ServiceConfig,
+    db: Db,
+    broker: Arc<dyn Broker>,
+    streams: Vec<StreamConfig>,
+    consumers: Vec<ReadyConsumer>,
+    workers: Vec<Worker>,
+    prunes: Vec<Prune>,
+    router: ApiRouter,
+    description: &'static str,
+}
+
+impl Service {
+    /// A service on its database and a broker; its name is the database's.
+    pub fn new(config: ServiceConfig, db: Db, broker: Arc<dyn Broker>, description: &'static str) -> Self {
+        let name = db.service().to_owned();
+        let dead_letters = StreamConfig {
+            max_age: None,
+            ..StreamConfig::new(
+                &format!("DEAD_LETTERS_{}", name.to_uppercase()),
+                &[&format!("dead_letters.{name}.>")],
+            )
+        };
+        let prunes = vec![
+            Prune {
+                sql: "DELETE FROM outbox WHERE seq IN (SELECT seq FROM
+                        (SELECT seq, published_at FROM outbox_published ORDER BY seq LIMIT 1000) WHERE published_at < ?1)",
+                keep: config.outbox.history,
+            },
+            Prune {
+                sql: "DELETE FROM outbox_published WHERE seq IN
+                        (SELECT seq FROM (SELECT seq, published_at FROM outbox_published ORDER BY seq LIMIT 1000) WHERE published_at < ?1)
+                        AND NOT EXISTS (SELECT 1 FROM outbox o WHERE o.seq = outbox_published.seq)",
+                keep: config.outbox.history,
+            },
+            Prune {
+                sql: "DELETE FROM inbox WHERE (consumer, event_id) IN (SELECT consumer, event_id FROM
+                        (SELECT consumer, event_id, handled_at FROM inbox
+                         WHERE event_id < printf('%08x-%04x', (?1 >> 16) & 4294967295, ?1 & 65535) LIMIT 1000)
+                        WHERE handled_at < ?1)",
+                keep: config.consumer.inbox_retention,
+            },
+            Prune {
+                sql: "DELETE FROM idempotency WHERE (operation, key) IN
+                        (SELECT operation, key FROM idempotency WHERE created_at < ?1 ORDER BY created_at LIMIT 1000)",
+                keep: config.http.idempotency_retention,
+            },
+        ];
+        Self {
+            config,
+            db,
+            broker,
+            streams: vec![dead_letters],
+            consumers: Vec::new(),
+            workers: Vec::new(),
+            prunes,
+            router: ApiRouter::new(),
+            description,
+        }
+    }
+
+    /// Owns a stream: made at start if it is not there.
+    #[must_use]
+    pub fn stream(mut self, config: StreamConfig) -> Self {
+        self.streams.push(config);
+        self
+    }
+
+    /// Runs a consumer.
+    #[must_use]
+    pub fn consumer(mut self, consumer: ReadyConsumer) -> Self {
+        self.consumers.push(consumer);
+        self
+    }
+
+    /// Works off tasks of one kind.
+    #[must_use]
+    pub fn tasks<H: TaskHandler>(mut self, handler: H, options: TaskOptions) -> Self {
+        let db = self.db.clone();
+        let handler = Arc::new(handler);
+        self.workers.push(Box::new(move |stop| Box::pin(tasks::work(db, handler, options, stop))));
+        self
+    }
+
+    /// Answers HTTP.
+    #[must_use]
+    pub fn http(mut self, router: ApiRouter) -> Self {
+        self.router = self.router.merge(router);
+        self
+    }
+
+    /// Prunes a table of the service's own.
+    #[must_use]
+    pub fn prune(mut self, prune: Prune) -> Self {
+        self.prunes.push(prune);
+        self
+    }
+
+    /// Starts it: streams, then the relay, tasks and consumers, then HTTP. When this returns, requests are answered.
+    pub async fn start(self) -> Result<Running, StartError> {
+        let name = self.db.service().to_owned();
+        for config in &self.streams {
+            ensure_stream(self.broker.as_ref(), config).await?;
+        }
+        let address = self.config.http.listen;
+        let listener = TcpListener::bind(address).await.map_err(|source| StartError::Listen {
+            service: name.clone(),
+            address,
+            source,
+        })?;
+        let address = listener.local_addr().unwrap_or(address);
+        let stops = Stops::default();
+        let vitals = Arc::new(Vitals {
+            db: self.db.clone(),
+            broker: Arc::clone(&self.broker),
+            consumers: self.consumers.iter().map(|c| (c.stream().to_owned(), c.name().to_owned())).collect(),
+            outbox_cap: self.config.outbox.max_pending,
+            stopping: AtomicBool::new(false),
+        });
+        let (work, relay, http) = (TaskTracker::new(), TaskTracker::new(), TaskTracker::new());
+        relay.spawn(outbox::relay(self.db.clone(), Arc::clone(&self.broker), stops.relay.clone()));
+        for worker in self.workers {
+            work.spawn(worker(stops.work.clone()));
+        }
+        for consumer in self.consumers {
+            work.spawn(consumer.run(self.db.clone(), Arc::clone(&self.broker), stops.work.clone()));
+        }
+        work.spawn(housekeeping(Arc::clone(&vitals), self.prunes, stops.work.clone()));
+        let router = finish(self.router, Arc::clone(&vitals), &self.config, &name, self.description);
+        let stop = stops.http.clone();
+        http.spawn(async move {
+            let served = axum::serve(listener, router).with_graceful_shutdown(stop.cancelled_owned());
+            if let Err(error) = served.await {
+                tracing::error!(%error, "the HTTP server ended");
+            }
+        });
+        tracing::info!(service = name, %address, "started");
+        for tracker in [&work, &relay, &http] {
+            tracker.close();
+        }
+        Ok(Running { name, address, stops, vitals, work, relay, http, db: self.db })
+    }
+}
+
+async fn ensure_stream(broker: &dyn Broker, config: &StreamConfig) -> Result<(), StartError> {
+    let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(10));
+    loop {
+        match broker.ensure_stream(config).await {
+            Ok(()) => return Ok(()),
+            Err(BrokerError::Unavailable(error)) => {
+                let delay = backoff.next();
+                tracing::warn!(stream = config.name, error, retry_in = ?delay, "the stream cannot be made yet");
+                tokio::time::sleep(delay).await;
+            }
+            Err(source) => return Err(StartError::Stream { stream: config.name.clone(), source }),
+        }
+    }
+}
+
+/// The whole router: the service's own routes, the operators', the API's description and page.
+fn finish(
+    router: ApiRouter,
+    vitals: Arc<Vitals>,
+    config: &ServiceConfig,
+    name: &str,
+    description: &'static str,
+) -> Router {
+    aide::generate::infer_responses(true);
+    aide::generate::extract_schemas(true);
+    let bearer = SecurityScheme::Http {
+        scheme: "bearer".into(),
+        bearer_format: None,
+        description: Some("The admin token".into()),
+        extensions: Default::default(),
+    };
+    let mut api = OpenApi {
+        info: Info {
+            title: format!("Consign: {name}"),
+            version: env!("CARGO_PKG_VERSION").into(),
+            description: Some(description.into()),
+            ..Info::default()
+        },
+        components: Some(Components {
+            security_schemes: [("admin".to_owned(), ReferenceOr::Item(bearer))].into_iter().collect(),
+            ..Components::default()
+        }),
+        ..OpenApi::default()
+    };
+    let router = router
+        .merge(ops_router(vitals))
+        .route("/docs", Scalar::new("/openapi.json").with_title(&format!("Consign: {name}")).axum_route())
+        .finish_api(&mut api);
+    let api = Arc::new(api);
+    router
+        .route("/openapi.json", get(move || async move { Json(api) }))
+        .fallback(not_found)
+        .method_not_allowed_fallback(method_not_allowed)
+        .layer(DefaultBodyLimit::max(config.http.body_limit))
+        .layer(axum::middleware::from_fn_with_state(Edge::new(name, &config.http), guard))
+}
+
+#[derive(Debug, Default)]
+struct Stops {
+    http: CancellationToken,
+    work: CancellationToken,
+    relay: CancellationToken,
+}
+
+/// A service that runs.
+#[derive(Debug)]
+pub struct Running {
+    name: String,
+    address: SocketAddr,
+    stops: Stops,
+    vitals: Arc<Vitals>,
+    work: TaskTracker,
+    relay: TaskTracker,
+    http: TaskTracker,
+    db: Db,
+}
+
+impl Running {
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Where it listens, with the port it really got.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Its database.
+    pub fn db(&self) -> &Db {
+        &self.db
+    }
+
+    /// Stops in order, within `limit`: requests are answered, then handlers and tasks finish and commit and acknowledge, then the
+    /// outbox is published, then the database is closed. What does not finish in time is taken up at the next start.
+    pub async fn shutdown(self, limit: Duration) {
+        self.vitals.stopping.store(true, Ordering::Relaxed);
+        let drain = async {
+            self.stops.http.cancel();
+            // Idle connections that clients keep open must not use up the time of the rest.
+            let _ = tokio::time::timeout(limit / 4, self.http.wait()).await;
+            self.stops.work.cancel();
+            self.work.wait().await;
+            self.stops.relay.cancel();
+            self.relay.wait().await;
+        };
+        if tokio::time::timeout(limit, drain).await.is_err() {
+            tracing::warn!(service = self.name, ?limit, "stopped before everything was drained; it goes on at the next start");
+        }
+        self.stops.relay.cancel();
+        self.stops.work.cancel();
+        let _ = tokio::time::timeout(Duration::from_secs(2), self.db.close()).await;
+        tracing::info!(service = self.name, "stopped");
+    }
+}
+
+/// What a service knows of its own health.
+#[derive(Debug)]
+pub(crate) struct Vitals {
+    pub(crate) db: Db,
+    broker: Arc<dyn Broker>,
+    consumers: Vec<(String, String)>,
+    outbox_cap: u64,
+    stopping: AtomicBool,
+}
+
+impl std::fmt::Debug for dyn Broker {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Broker({})", self.status().kind)
+    }
+}
+
+impl Vitals {
+    /// Why no requests should come now, if so. A broker outage is absorbed by the outbox until that is full.
+    pub(crate) async fn not_ready(&self) -> Option<String> {
+        if self.stopping.load(Ordering::Relaxed) {
+            return Some("stopping".into());
+        }
+        if self.db.outbox_depth() >= self.outbox_cap {
+            return Some(format!("the outbox holds {} events; its cap is {}", self.db.outbox_depth(), self.outbox_cap));
+        }
+        match tokio::time::timeout(Duration::from_secs(2), self.db.ping()).await {
+            Ok(Ok(())) => None,
+            Ok(Err(e)) => Some(format!("the database does not answer: {}", telemetry::chain(&e))),
+            Err(_) => Some("the database does not answer".into()),
+        }
+    }
+
+    /// The report of `/health`: `ok`, `degraded` (works, but look at it) or `failing`.
+    pub(crate) async fn report(&self) -> Value {
+        let not_ready = self.not_ready().await;
+        let broker = self.broker.status();
+        let oldest = outbox::oldest_pending(&self.db).await.ok().flatten();
+        let mut consumers = Vec::new();
+        for (stream, name) in &self.consumers {
+            let info = tokio::time::timeout(Duration::from_secs(2), self.broker.consumer_info(stream, name)).await;
+            consumers.push(match info {
+                Ok(Ok(info)) => json!({"name": name, "stream": stream, "info": info}),
+                Ok(Err(e)) => json!({"name": name, "stream": stream, "error": e.to_string()}),
+                Err(_) => json!({"name": name, "stream": stream, "error": "no answer"}),
+            });
+        }
+        let dead = dead_letter::open_count(&self.db).await.ok();
+        let status = match (&not_ready, broker.connected, dead) {
+            (Some(_), ..) => "failing",
+            (None, true, Some(0)) => "ok",
+            _ => "degraded",
+        };
+        json!({
+            "status": status, "service": self.db.service(), "version": env!("CARGO_PKG_VERSION"),
+            "not_ready": not_ready, "broker": broker, "consumers": consumers, "dead_letters_open": dead,
+            "tasks_due": tasks::due(&self.db).await.ok(),
+            "outbox": {
+                "pending": self.db.outbox_depth(), "cap": self.outbox_cap,
+                "oldest_seconds": oldest.map(|t| self.db.clock().now().since(t).as_secs_f64()),
+            },
+        })
+    }
+
+    /// Sets the gauges.
+    #[expect(clippy::cast_precision_loss, reason = "gauges are floating point")]
+    pub(crate) async fn measure(&self) {
+        let service = self.db.service().to_owned();
+        let gauge = |name: &'static str, value: f64| metrics::gauge!(name, "service" => service.clone()).set(value);
+        gauge("consign_outbox_pending", self.db.outbox_depth() as f64);
+        gauge("consign_broker_connected", if self.broker.status().connected { 1.0 } else { 0.0 });
+        if let Ok(oldest) = outbox::oldest_pending(&self.db).await {
+            let age = oldest.map_or(0.0, |t| self.db.clock().now().since(t).as_secs_f64());
+            gauge("consign_outbox_oldest_seconds", age);
+        }
+        if let Ok(due) = tasks::due(&self.db).await {
+            gauge("consign_tasks_due", due as f64);
+        }
+        if let Ok(open) = dead_letter::open_count(&self.db).await {
+            gauge("consign_dead_letters_open", open as f64);
+        }
+        for (stream, name) in &self.consumers {
+            let info = tokio::time::timeout(Duration::from_secs(2), self.broker.consumer_info(stream, name)).await;
+            if let Ok(Ok(info)) = info {
+                let set = |metric: &'static str, value: u64| {
+                    metrics::gauge!(metric, "consumer" => name.clone()).set(value as f64);
+                };
+                set("consign_consumer_lag", info.pending);
+                set("consign_consumer_ack_pending", info.ack_pending);
+                set("consign_consumer_unsettled_span", info.delivered.saturating_sub(info.ack_floor));
+            }
+        }
+    }
+}
+
+/// Gauges and pruning, until told to stop.
+async fn housekeeping(vitals: Arc<Vitals>, prunes: Vec<Prune>, stop: CancellationToken) {
+    loop {
+        vitals.measure().await;
+        for prune in &prunes {
+            if let Err(error) = prune_table(&vitals.db, *prune, &stop).await {
+                tracing::warn!(service = vitals.db.service(), error = telemetry::chain(&error), "old rows could not be pruned");
+            }
+        }
+        tokio::select! {
+            () = tokio::time::sleep(HOUSEKEEPING) => {}
+            () = stop.cancelled() => return,
+        }
+    }
+}
+
+async fn prune_table(db: &Db, prune: Prune, stop: &CancellationToken) -> Result<(), DbError> {
+    while !stop.is_cancelled() {
+        let before = (db.clock().now() - prune.keep).as_millis();
+        let mut tx = db.begin().await?;
+        let gone = sqlx::query(prune.sql).bind(before).execute(tx.sqlite()).await?.rows_affected();
+        if gone == 0 {
+            tx.rollback().await;
+            return Ok(());
+        }
+        tx.commit().await?;
+        if gone < PRUNE_STEP {
+            return Ok(());
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,125 @@
+//! What inventory does about orders. Each handler takes a whole batch: its statements do not grow with it.
+
+use std::collections::{BTreeSet, HashMap};
+
+use consign::handler::Item;
+use consign::{Batch, Consumer, ConsumerOptions, DbError, Emission, Failure, Tx, to_json};
+use contracts::{OrderCancelled, OrderConfirmed, OrderCreated, StockRejected, StockReserved, streams};
+
+use crate::domain::{self, Lines, Misfit, Outcome, Reservation, Shelf};
+use crate::store::{self, ReservationRow};
+
+/// Inventory's one consumer.
+pub fn orders(options: ConsumerOptions) -> Consumer<()> {
+    Consumer::new("inventory-orders", streams::ORDERS).options(options).on(created).on(cancelled).on(confirmed)
+}
+
+/// What a batch starts from, and where it gets to.
+struct Ledger {
+    before: Shelf,
+    shelf: Shelf,
+    reservations: HashMap<String, (Reservation, Lines)>,
+    rows: Vec<ReservationRow>,
+}
+
+impl Ledger {
+    /// Loads the reservations of the orders and the stock of their products, and of `more`.
+    async fn load(tx: &mut Tx, orders: &[String], more: &[Lines]) -> Result<Self, DbError> {
+        let reservations = store::reservations(tx, orders).await?;
+        let known = reservations.values().map(|(_, lines)| lines);
+        let products: BTreeSet<&str> = known.chain(more).flat_map(Lines::products).collect();
+        let shelf = store::shelf(tx, &products.into_iter().collect::<Vec<_>>()).await?;
+        Ok(Self { before: shelf.clone(), shelf, reservations, rows: Vec::new() })
+    }
+
+    fn current(&self, order: &str) -> (Option<Reservation>, Lines) {
+        let found = self.reservations.get(order);
+        (found.map(|(r, _)| *r), found.map(|(_, l)| l.clone()).unwrap_or_default())
+    }
+
+    fn set<E>(&mut self, order: &str, item: &Item<E>, to: Reservation, lines: Lines, expires_at: Option<i64>) -> Result<(), DbError> {
+        self.rows.push(ReservationRow {
+            order_id: order.to_owned(),
+            status: to.as_str(),
+            lines: to_json(&lines)?,
+            correlation_id: item.envelope.cause.correlation_id.to_string(),
+            expires_at,
+        });
+        self.reservations.insert(order.to_owned(), (to, lines));
+        Ok(())
+    }
+
+    async fn save(&self, tx: &mut Tx) -> Result<(), DbError> {
+        store::save_shelf(tx, &self.before, &self.shelf).await?;
+        store::save_reservations(tx, &self.rows).await
+    }
+}
+
+async fn created(Batch(orders): Batch<OrderCreated>, mut tx: Tx) -> Result<(), Failure> {
+    let ids: Vec<String> = orders.iter().map(|o| o.order_id.to_string()).collect();
+    let lines: Vec<Lines> = orders.iter().map(|o| Lines::of(&o.items)).collect();
+    let mut ledger = Ledger::load(&mut tx, &ids, &lines).await?;
+    for ((order, id), lines) in orders.iter().zip(&ids).zip(lines) {
+        let (current, _) = ledger.current(id);
+        let cause = order.envelope.as_cause();
+        let lane = order.envelope.lane;
+        match domain::created(&mut ledger.shelf, current, &lines) {
+            Outcome::Unchanged => {}
+            Outcome::Now(to) => {
+                ledger.set(id, order, to, lines, Some(order.deadline.as_millis()))?;
+                let event = StockReserved {
+                    order_id: order.order_id,
+                    amount: order.total,
+                    currency: order.currency.clone(),
+                    expires_at: order.deadline,
+                };
+                tx.emit(Emission::new(event, id, 1).lane(lane).caused_by(cause))
+                    .map_err(|e| Failure::from(e).of(&order.envelope))?;
+            }
+            Outcome::Short(shortages) => {
+                ledger.set(id, order, Reservation::Rejected, lines, None)?;
+                let event = StockRejected { order_id: order.order_id, shortages };
+                tx.emit(Emission::new(event, id, 1).lane(lane).caused_by(cause))
+                    .map_err(|e| Failure::from(e).of(&order.envelope))?;
+            }
+        }
+    }
+    Ok(ledger.save(&mut tx).await?)
+}
+
+async fn cancelled(Batch(orders): Batch<OrderCancelled>, mut tx: Tx) -> Result<(), Failure> {
+    let ids: Vec<String> = orders.iter().map(|o| o.order_id.to_string()).collect();
+    let mut ledger = Ledger::load(&mut tx, &ids, &[]).await?;
+    for (order, id) in orders.iter().zip(&ids) {
+        let (current, lines) = ledger.current(id);
+        let outcome = domain::cancelled(&mut ledger.shelf, current, &lines);
+        settle(&mut ledger, order, id, lines, outcome)?;
+    }
+    Ok(ledger.save(&mut tx).await?)
+}
+
+async fn confirmed(Batch(orders): Batch<OrderConfirmed>, mut tx: Tx) -> Result<(), Failure> {
+    let ids: Vec<String> = orders.iter().map(|o| o.order_id.to_string()).collect();
+    let mut ledger = Ledger::load(&mut tx, &ids, &[]).await?;
+    for (order, id) in orders.iter().zip(&ids) {
+        let (current, lines) = ledger.current(id);
+        let outcome = domain::confirmed(&mut ledger.shelf, current, &lines);
+        settle(&mut ledger, order, id, lines, outcome)?;
+    }
+    Ok(ledger.save(&mut tx).await?)
+}
+
+fn settle<E>(
+    ledger: &mut Ledger,
+    item: &Item<E>,
+    id: &str,
+    lines: Lines,
+    outcome: Result<Outcome, Misfit>,
+) -> Result<(), Failure> {
+    match outcome {
+        Ok(Outcome::Now(to)) => Ok(ledger.set(id, item, to, lines, None)?),
+        Ok(Outcome::Unchanged | Outcome::Short(_)) => Ok(()),
+        Err(e @ Misfit::NotReservedYet) => Err(Failure::retry(e).of(&item.envelope)),
+        Err(e @ Misfit::Impossible { .. }) => Err(Failure::dead_letter(e).of(&item.envelope)),
+    }
+}

@@ -1,0 +1,150 @@
+//! Accepting orders. Concurrent requests share one transaction: its statements are the same for one order as for a hundred.
+
+use std::collections::{BTreeSet, HashMap};
+use std::future::Future;
+use std::pin::Pin;
+use std::time::Duration;
+
+use consign::db::GroupCommit;
+use consign::event::Cause;
+use consign::http::idempotency;
+use consign::{Db, DbError, Emission, Lane, Tx};
+use contracts::OrderCreated;
+use uuid::Uuid;
+
+use crate::deadline::Deadline;
+use crate::domain::{self, Order, PriceFault, Status, Wanted};
+use crate::http::OrderView;
+use crate::store::{self, Entry};
+
+const OPERATION: &str = "place order";
+/// Orders per transaction.
+const GROUP: usize = 128;
+
+/// A request to place an order, checked as far as one can without the database.
+#[derive(Debug)]
+pub struct Request {
+    pub order_id: Uuid,
+    pub customer_id: String,
+    pub wanted: Vec<Wanted>,
+    pub lane: Lane,
+    /// The idempotency key and the fingerprint of the body, if a key was sent.
+    pub key: Option<(String, Uuid)>,
+    pub cause: Cause,
+}
+
+/// What became of it.
+#[derive(Clone, Debug)]
+pub enum Answer {
+    /// Accepted, now or when the key was first used.
+    Accepted {
+        /// The order.
+        id: String,
+        /// The body of the answer.
+        body: String,
+    },
+    /// It cannot be priced.
+    Refused(Vec<PriceFault>),
+    /// The key was used with another body.
+    KeyReused,
+}
+
+pub type Acceptor = GroupCommit<Request, Answer>;
+
+/// Starts the task that accepts orders on this database.
+pub fn acceptor(db: Db, deadline: Duration) -> Acceptor {
+    GroupCommit::start(db, GROUP, Accept { deadline })
+}
+
+struct Accept {
+    deadline: Duration,
+}
+
+impl<'a> consign::db::Work<'a, Request, Answer> for Accept {
+    type Future = Pin<Box<dyn Future<Output = Result<Vec<Answer>, DbError>> + Send + 'a>>;
+    fn call(&self, tx: &'a mut Tx, group: &'a [Request]) -> Self::Future {
+        Box::pin(accept(tx, group, self.deadline))
+    }
+}
+
+async fn accept(tx: &mut Tx, group: &[Request], deadline: Duration) -> Result<Vec<Answer>, DbError> {
+    let keys: Vec<&str> = group.iter().filter_map(|r| r.key.as_ref().map(|(k, _)| k.as_str())).collect();
+    let mut known: HashMap<String, (Uuid, Answer)> = idempotency::lookup(tx, OPERATION, &keys)
+        .await?
+        .into_iter()
+        .map(|(key, r)| {
+            let id = serde_json::from_str::<serde_json::Value>(&r.answer)
+                .ok()
+                .and_then(|v| v["id"].as_str().map(str::to_owned))
+                .unwrap_or_default();
+            (key, (r.fingerprint, Answer::Accepted { id, body: r.answer }))
+        })
+        .collect();
+    let products: BTreeSet<&str> = group.iter().flat_map(|r| r.wanted.iter().map(|w| &*w.product_id)).collect();
+    let prices = store::prices(tx, &products.into_iter().collect::<Vec<_>>()).await?;
+    let now = tx.now();
+    let mut orders = Vec::with_capacity(group.len());
+    let mut entries = Vec::with_capacity(group.len());
+    let mut recorded = Vec::new();
+    let mut answers = Vec::with_capacity(group.len());
+    for r in group {
+        if let Some((fingerprint, answer)) = r.key.as_ref().and_then(|(k, _)| known.get(k)) {
+            let same = r.key.as_ref().is_some_and(|(_, f)| f == fingerprint);
+            answers.push(if same { answer.clone() } else { Answer::KeyReused });
+            continue;
+        }
+        let priced = match domain::price(&r.wanted, &prices) {
+            Ok(priced) => priced,
+            Err(faults) => {
+                answers.push(Answer::Refused(faults));
+                continue;
+            }
+        };
+        let order = Order {
+            id: r.order_id,
+            customer_id: r.customer_id.clone(),
+            status: Status::Pending,
+            reason: None,
+            lane: r.lane,
+            currency: priced.currency,
+            total: priced.total,
+            items: priced.items,
+            payment_id: None,
+            correlation_id: r.cause.correlation_id.to_string(),
+            version: 1,
+            created_at: now,
+            updated_at: now,
+            deadline: now + deadline,
+        };
+        let event = OrderCreated {
+            order_id: order.id,
+            customer_id: order.customer_id.clone(),
+            items: order.items.clone(),
+            total: order.total,
+            currency: order.currency.clone(),
+            deadline: order.deadline,
+        };
+        let emission = Emission::new(event, order.id.to_string(), 1).lane(r.lane).caused_by(r.cause.clone());
+        let event_id = tx.emit(emission).map_err(|e| DbError::Sql(sqlx::Error::Encode(Box::new(e))))?;
+        tx.schedule_for(order.id.to_string(), &Deadline { order_id: order.id }, order.deadline, r.cause.clone())?;
+        entries.push(Entry {
+            order_id: order.id,
+            version: 1,
+            event: "orders.created".into(),
+            detail: None,
+            event_id: Some(event_id),
+        });
+        let body = consign::to_json(&OrderView::from(order.clone()))?;
+        let answer = Answer::Accepted { id: order.id.to_string(), body: body.clone() };
+        if let Some((key, fingerprint)) = &r.key {
+            recorded.push((key.as_str(), *fingerprint, body));
+            known.insert(key.clone(), (*fingerprint, answer.clone()));
+        }
+        answers.push(answer);
+        orders.push(order);
+    }
+    store::insert(tx, &orders).await?;
+    store::append(tx, &entries).await?;
+    idempotency::record(tx, OPERATION, &recorded).await?;
+    Ok(answers)
+}

@@ -1,0 +1,302 @@
+//! Order's HTTP.
+
+use aide::axum::ApiRouter;
+use aide::axum::routing::{get_with, post_with};
+use axum::Json;
+use axum::extract::{FromRef, Path, State};
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use consign::http::idempotency::{fingerprint, key_reused};
+use consign::http::{Body, Correlation, IdempotencyKey, Params, Problem};
+use consign::schema::Fault;
+use consign::{Db, EventId, Lane, Timestamp};
+use contracts::{OrderLine, is_product_id};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use crate::accept::{Acceptor, Answer, Request};
+use crate::domain::{Decision, Input, Order, Status, Wanted};
+use crate::saga::{self, Advanced, Step};
+use crate::store;
+
+#[derive(Clone, FromRef)]
+pub struct AppState {
+    pub db: Db,
+    pub acceptor: Acceptor,
+    pub limit: Pending,
+}
+
+/// With so many events waiting for the broker, no more orders are taken.
+#[derive(Clone, Copy)]
+pub struct Pending(pub u64);
+
+pub fn router(state: AppState) -> ApiRouter {
+    ApiRouter::new()
+        .api_route(
+            "/orders",
+            post_with(place, |o| {
+                o.summary("Place an order")
+                    .description("Prices are the server's. With an Idempotency-Key a repeated request gets the first answer again.")
+                    .tag("orders")
+                    .response_with::<202, Json<OrderView>, _>(|r| r.description("Accepted; `Location` says where it is"))
+            })
+            .merge(get_with(list, |o| o.summary("Orders, the newest first").tag("orders"))),
+        )
+        .api_route("/orders/{id}", get_with(show, |o| o.summary("One order").tag("orders")))
+        .api_route("/orders/{id}/events", get_with(events, |o| o.summary("What happened to it").tag("orders")))
+        .api_route(
+            "/orders/{id}/cancel",
+            post_with(cancel, |o| o.summary("Cancel it, until it is confirmed").tag("orders")),
+        )
+        .with_state(state)
+}
+
+/// An order as it is shown.
+#[derive(Clone, Debug, Serialize, JsonSchema)]
+pub struct OrderView {
+    id: Uuid,
+    customer_id: String,
+    /// `pending`, `reserved`, `confirmed` or `cancelled`.
+    status: &'static str,
+    /// Why it was cancelled.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reason: Option<String>,
+    lane: Lane,
+    items: Vec<OrderLine>,
+    /// In minor units.
+    total: i64,
+    /// ISO 4217.
+    currency: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    payment_id: Option<Uuid>,
+    correlation_id: String,
+    created_at: Timestamp,
+    updated_at: Timestamp,
+    /// Unpaid by then, it is cancelled.
+    deadline: Timestamp,
+}
+
+impl From<Order> for OrderView {
+    fn from(o: Order) -> Self {
+        Self {
+            id: o.id,
+            customer_id: o.customer_id,
+            status: o.status.as_str(),
+            reason: o.reason,
+            lane: o.lane,
+            items: o.items,
+            total: o.total,
+            currency: o.currency,
+            payment_id: o.payment_id,
+            correlation_id: o.correlation_id,
+            created_at: o.created_at,
+            updated_at: o.updated_at,
+            deadline: o.deadline,
+        }
+    }
+}
+
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct PlaceOrder {
+    /// Whose it is.
+    #[schemars(length(min = 1, max = 64))]
+    customer_id: String,
+    #[schemars(length(min = 1, max = 100))]
+    items: Vec<PlaceLine>,
+    /// `standard` if left out.
+    #[serde(default)]
+    lane: Lane,
+}
+
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct PlaceLine {
+    #[schemars(length(min = 1, max = 64))]
+    product_id: String,
+    #[schemars(range(min = 1, max = 10_000))]
+    quantity: u32,
+}
+
+impl PlaceOrder {
+    fn faults(&self) -> Vec<Fault> {
+        let mut faults = Vec::new();
+        let detail = || "1 to 64 of A-Z, a-z, 0-9, '_' and '-'".to_owned();
+        if !is_product_id(&self.customer_id) {
+            faults.push(Fault { pointer: "/customer_id".into(), detail: detail() });
+        }
+        for (i, item) in self.items.iter().enumerate() {
+            if !is_product_id(&item.product_id) {
+                faults.push(Fault { pointer: format!("/items/{i}/product_id"), detail: detail() });
+            }
+        }
+        faults
+    }
+}
+
+async fn place(
+    State(app): State<AppState>,
+    Correlation(cause): Correlation,
+    IdempotencyKey(key): IdempotencyKey,
+    Body { value: order, .. }: Body<PlaceOrder>,
+) -> Result<Response, Problem> {
+    let faults = order.faults();
+    if !faults.is_empty() {
+        return Err(Problem::unprocessable("the order cannot be taken", faults));
+    }
+    if app.db.outbox_depth() >= app.limit.0 {
+        return Err(Problem::unavailable("the broker is away and the outbox is full; try again later", 5));
+    }
+    let key = match key {
+        Some(key) => {
+            let body = serde_json::to_value(&order).map_err(|e| Problem::internal(&e))?;
+            Some((key, fingerprint(&body)))
+        }
+        None => None,
+    };
+    let wanted = order.items.into_iter().map(|i| Wanted { product_id: i.product_id, quantity: i.quantity }).collect();
+    let request =
+        Request { order_id: Uuid::now_v7(), customer_id: order.customer_id, wanted, lane: order.lane, key, cause };
+    match app.acceptor.run(request).await? {
+        Answer::Accepted { id, body } => {
+            let mut response = (StatusCode::ACCEPTED, body).into_response();
+            let headers = response.headers_mut();
+            headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+            if let Ok(location) = HeaderValue::from_str(&format!("/orders/{id}")) {
+                headers.insert(header::LOCATION, location);
+            }
+            Ok(response)
+        }
+        Answer::Refused(faults) => {
+            let faults = faults.iter().map(|f| Fault {
+                pointer: format!("/items/{}", f.line()),
+                detail: f.to_string(),
+            });
+            Err(Problem::unprocessable("the order cannot be priced", faults.collect()))
+        }
+        Answer::KeyReused => Err(key_reused()),
+    }
+}
+
+fn order_id(id: &str) -> Result<Uuid, Problem> {
+    id.parse().map_err(|_| Problem::not_found(format!("{id:?} is no order id; they look like 0190a5e4-….")))
+}
+
+fn unknown(id: Uuid) -> Problem {
+    Problem::not_found(format!("there is no order {id}"))
+}
+
+async fn show(State(db): State<Db>, Path(id): Path<String>) -> Result<Json<OrderView>, Problem> {
+    let id = order_id(&id)?;
+    let found = store::find(db.readers(), id).await?;
+    found.map(|o| Json(o.into())).ok_or_else(|| unknown(id))
+}
+
+#[derive(Clone, Copy, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+enum StatusParam {
+    Pending,
+    Reserved,
+    Confirmed,
+    Cancelled,
+}
+
+#[derive(Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct ListParams {
+    status: Option<StatusParam>,
+    customer_id: Option<String>,
+    /// 1 to 500; 50 if left out.
+    limit: Option<u32>,
+    /// `next_cursor` of the page before.
+    cursor: Option<Uuid>,
+}
+
+#[derive(Serialize, JsonSchema)]
+struct Orders {
+    orders: Vec<OrderView>,
+    /// Where the next page begins, if there is one.
+    next_cursor: Option<Uuid>,
+}
+
+async fn list(State(db): State<Db>, Params(p): Params<ListParams>) -> Result<Json<Orders>, Problem> {
+    let limit = p.limit.unwrap_or(50);
+    if !(1..=500).contains(&limit) {
+        return Err(Problem::bad_request("limit: 1 to 500"));
+    }
+    let status = p.status.map(|s| match s {
+        StatusParam::Pending => Status::Pending,
+        StatusParam::Reserved => Status::Reserved,
+        StatusParam::Confirmed => Status::Confirmed,
+        StatusParam::Cancelled => Status::Cancelled,
+    });
+    let mut found = store::list(db.readers(), p.customer_id.as_deref(), status, p.cursor, limit + 1).await?;
+    let more = found.len() > limit as usize;
+    found.truncate(limit as usize);
+    let next_cursor = found.last().filter(|_| more).map(|o| o.id);
+    Ok(Json(Orders { orders: found.into_iter().map(OrderView::from).collect(), next_cursor }))
+}
+
+#[derive(Serialize, JsonSchema)]
+struct TimelineEntry {
+    version: u64,
+    event: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    detail: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    event_id: Option<EventId>,
+    at: Timestamp,
+}
+
+#[derive(Serialize, JsonSchema)]
+struct Timeline {
+    order_id: Uuid,
+    correlation_id: String,
+    events: Vec<TimelineEntry>,
+}
+
+async fn events(State(db): State<Db>, Path(id): Path<String>) -> Result<Json<Timeline>, Problem> {
+    let id = order_id(&id)?;
+    let Some(order) = store::find(db.readers(), id).await? else { return Err(unknown(id)) };
+    let events = store::timeline(db.readers(), id).await?;
+    let events = events.into_iter().map(|e| TimelineEntry {
+        version: e.version,
+        event: e.event,
+        detail: e.detail,
+        event_id: e.event_id.and_then(|id| id.parse().ok()),
+        at: e.at,
+    });
+    Ok(Json(Timeline { order_id: id, correlation_id: order.correlation_id, events: events.collect() }))
+}
+
+async fn cancel(
+    State(db): State<Db>,
+    Correlation(cause): Correlation,
+    Path(id): Path<String>,
+) -> Result<Json<OrderView>, Problem> {
+    let id = order_id(&id)?;
+    let mut tx = db.begin_for(cause.clone()).await?;
+    // Everything about an order carries the correlation id it was placed with; the request's own is in the log.
+    let Some(order) = store::load(&mut tx, &[id]).await?.remove(&id) else { return Err(unknown(id)) };
+    let correlation_id = order.correlation_id.parse().unwrap_or_else(|_| cause.correlation_id.clone());
+    let step = Step {
+        order_id: id,
+        input: Input::CancelRequested,
+        event: "order.cancel_requested".into(),
+        detail: None,
+        event_id: None,
+        cause: consign::event::Cause { correlation_id, ..cause },
+    };
+    let (results, mut orders) = saga::advance(&mut tx, &[step]).await.map_err(|e| Problem::internal(&e))?;
+    match results.first() {
+        Some(Advanced::Decided(Decision::TooLate)) => {
+            Err(Problem::conflict("the order is confirmed; it cannot be cancelled any more"))
+        }
+        Some(Advanced::Decided(_)) => {
+            tx.commit().await?;
+            orders.remove(&id).map(|o| Json(o.into())).ok_or_else(|| unknown(id))
+        }
+        _ => Err(unknown(id)),
+    }
+}
