@@ -1,0 +1,162 @@
+//! The `consign` command: every service in one process, and the operators' tools.
+
+mod client;
+pub mod config;
+mod dead_letters;
+mod load;
+mod orders;
+mod output;
+pub mod up;
+mod verify;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser, Subcommand};
+use clap_complete::Shell;
+use consign::handler::BoxError;
+
+use client::Client;
+use config::{Config, Endpoints};
+use output::Format;
+
+/// An order system of event-driven services, each event taking effect exactly once.
+///
+/// Exit codes: 0 done; 1 the answer is no (not clean, not accepted, not found); 2 it could not be tried (usage, configuration).
+#[derive(Debug, Parser)]
+#[command(name = "consign", version)]
+struct Cli {
+    #[command(flatten)]
+    global: Global,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Debug, clap::Args)]
+struct Global {
+    /// Configuration in TOML; ./consign.toml if it is there.
+    #[arg(long, global = true, env = "CONSIGN_CONFIG")]
+    config: Option<PathBuf>,
+    /// Where databases, the broker's file and the admin token lie.
+    #[arg(long, global = true)]
+    data_dir: Option<PathBuf>,
+    /// One setting, for example order.deadline=5m; may be repeated.
+    #[arg(long = "set", global = true, value_name = "KEY=VALUE")]
+    set: Vec<String>,
+    /// How results are printed.
+    #[arg(long, global = true, default_value = "table")]
+    format: Format,
+    /// Base URL of the order service.
+    #[arg(long, global = true, env = "CONSIGN_ORDER_URL")]
+    order_url: Option<String>,
+    /// Base URL of the inventory service.
+    #[arg(long, global = true, env = "CONSIGN_INVENTORY_URL")]
+    inventory_url: Option<String>,
+    /// Base URL of the payment service.
+    #[arg(long, global = true, env = "CONSIGN_PAYMENT_URL")]
+    payment_url: Option<String>,
+    /// The admin token; by default the one in the data directory.
+    #[arg(long, global = true, env = "CONSIGN_ADMIN_TOKEN", hide_env_values = true)]
+    admin_token: Option<String>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run all services in this process (the default).
+    Up,
+    /// Place orders and measure.
+    Load(load::Options),
+    /// Place, show, list and watch orders.
+    #[command(subcommand)]
+    Orders(orders::Command),
+    /// List, show, redrive and discard dead letters.
+    #[command(subcommand)]
+    DeadLetters(dead_letters::Command),
+    /// Check that every order, cent and piece is accounted for.
+    Verify(verify::Options),
+    /// Check or show the configuration.
+    #[command(subcommand)]
+    Config(ConfigCommand),
+    /// Print a completion script for a shell.
+    Completions {
+        /// Which shell.
+        shell: Shell,
+    },
+}
+
+#[derive(Clone, Copy, Debug, Subcommand)]
+enum ConfigCommand {
+    /// Say whether it is valid, or name every fault.
+    Check,
+    /// Print it as it is in force, secrets left out.
+    Show,
+}
+
+/// Runs the command of this process's arguments.
+pub async fn main() -> ExitCode {
+    // Prints help, or what is wrong with the arguments, and exits with 0 or 2.
+    let cli = Cli::parse();
+    match dispatch(cli).await {
+        Ok(code) => code,
+        Err(e) => {
+            eprintln!("consign: {}", consign::telemetry::chain(e.error.as_ref()));
+            ExitCode::from(e.code)
+        }
+    }
+}
+
+/// An error with the exit code it ends in.
+struct Exit {
+    code: u8,
+    error: BoxError,
+}
+
+fn no(error: BoxError) -> Exit {
+    Exit { code: 1, error }
+}
+
+fn cannot(error: impl Into<BoxError>) -> Exit {
+    Exit { code: 2, error: error.into() }
+}
+
+async fn dispatch(cli: Cli) -> Result<ExitCode, Exit> {
+    let global = cli.global;
+    let command = cli.command.unwrap_or(Command::Up);
+    if let Command::Completions { shell } = command {
+        clap_complete::generate(shell, &mut Cli::command(), "consign", &mut std::io::stdout());
+        return Ok(ExitCode::SUCCESS);
+    }
+    let config = Config::load(global.config.as_deref(), global.data_dir.as_deref(), &global.set).map_err(cannot)?;
+    let endpoints = Endpoints::find(&config);
+    let token = global.admin_token.or_else(|| {
+        let kept = std::fs::read_to_string(config.data_dir.join("admin-token"));
+        kept.ok().map(|t| t.trim().to_owned())
+    });
+    let client = |given: &Option<String>, found: &str| {
+        Client::new(given.as_deref().unwrap_or(found), token.clone())
+    };
+    let order = client(&global.order_url, &endpoints.order);
+    let inventory = client(&global.inventory_url, &endpoints.inventory);
+    let payment = client(&global.payment_url, &endpoints.payment);
+    match command {
+        Command::Up => up::run(config).await.map_err(cannot)?,
+        Command::Load(options) => load::run(options, &order, &inventory, global.format).await.map_err(no)?,
+        Command::Orders(command) => orders::run(command, &order, global.format).await.map_err(no)?,
+        Command::DeadLetters(command) => {
+            let services = [("order", order), ("inventory", inventory), ("payment", payment)];
+            dead_letters::run(command, &services, global.format).await.map_err(no)?;
+        }
+        Command::Verify(options) => {
+            let clean = verify::run(options, &config.data_dir, global.format).await.map_err(cannot)?;
+            if !clean {
+                return Ok(ExitCode::from(1));
+            }
+        }
+        Command::Config(ConfigCommand::Check) => println!("the configuration is valid"),
+        Command::Config(ConfigCommand::Show) => {
+            print!("{}", toml::to_string_pretty(&config).map_err(cannot)?);
+        }
+        Command::Completions { .. } => {}
+    }
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,1 +1,8 @@
-fn main() {}
+//! See the library beside this file.
+
+use std::process::ExitCode;
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    consign_cli::main().await
+}

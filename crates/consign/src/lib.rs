@@ -15,6 +15,7 @@ pub mod http;
 mod inbox;
 pub mod layer;
 pub mod outbox;
+pub mod process;
 pub mod retry;
 pub mod schema;
 pub mod service;

@@ -339,7 +339,7 @@ impl<H: TaskHandler> Worker<H> {
             tx.count_statement();
             sqlx::query(
                 "UPDATE tasks SET lease_until = 0, due_at = e.value ->> 2, last_error = e.value ->> 3
-                 FROM json_each(?) e WHERE id = e.value ->> 0 AND attempts = e.value ->> 1",
+                 FROM json_each(?) e WHERE tasks.id = e.value ->> 0 AND attempts = e.value ->> 1",
             )
             .bind(to_json(&rows)?)
             .execute(tx.sqlite())

@@ -11,10 +11,12 @@ mod store;
 use std::path::Path;
 use std::sync::Arc;
 
-use consign::broker::{Broker, StreamConfig};
+use consign::broker::{Broker, STREAM_AGE, StreamConfig};
 use consign::config::ServiceConfig;
+use consign::http::HttpConfig;
 use consign::{Clock, Db, DbError, Migration, Service};
 use contracts::streams;
+use serde::{Deserialize, Serialize};
 
 /// The service's name, in configuration, logs, metrics and event sources.
 pub const NAME: &str = "inventory";
@@ -22,15 +24,34 @@ pub const NAME: &str = "inventory";
 const MIGRATIONS: &[Migration] =
     &[Migration { version: 1, name: "products, reservations", sql: include_str!("../migrations/1.sql") }];
 
+/// The section `[inventory]`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Config(pub ServiceConfig);
+
+impl Default for Config {
+    fn default() -> Self {
+        let http = HttpConfig { listen: ([127, 0, 0, 1], 8081).into(), ..HttpConfig::default() };
+        Self(ServiceConfig { http, ..ServiceConfig::default() })
+    }
+}
+
+impl Config {
+    /// Everything wrong with it.
+    pub fn check(&self) -> Vec<String> {
+        self.0.check(NAME, STREAM_AGE)
+    }
+}
+
 /// Opens the service's database.
 pub async fn open(path: &Path, clock: Clock) -> Result<Db, DbError> {
     Db::open(path, NAME, MIGRATIONS, clock).await
 }
 
 /// The whole service, ready to start.
-pub fn service(config: ServiceConfig, db: Db, broker: Arc<dyn Broker>) -> Service {
-    let consumer = events::orders(config.consumer).with_state(());
-    Service::new(config, db.clone(), broker, "Products, their stock, and what of it is promised to orders.")
+pub fn service(config: &Config, db: Db, broker: Arc<dyn Broker>) -> Service {
+    let consumer = events::orders(config.0.consumer).with_state(());
+    Service::new(config.0.clone(), db.clone(), broker, "Products, their stock, and what of it is promised to orders.")
         .stream(StreamConfig::new(streams::INVENTORY, &["inventory.>"]))
         .stream(StreamConfig::new(streams::PRODUCTS, &["products.>"]).last_per_subject())
         .consumer(consumer)

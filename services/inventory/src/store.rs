@@ -124,7 +124,7 @@ pub async fn save_shelf(tx: &mut Tx, before: &Shelf, after: &Shelf) -> Result<()
     sqlx::query(
         "UPDATE products SET on_hand = on_hand + (e.value ->> 1), reserved = reserved + (e.value ->> 2),
              sold = sold + (e.value ->> 3), updated_at = ?1
-         FROM json_each(?2) e WHERE id = e.value ->> 0",
+         FROM json_each(?2) e WHERE products.id = e.value ->> 0",
     )
     .bind(now)
     .bind(to_json(&changes)?)

@@ -14,7 +14,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use consign::broker::{Broker, StreamConfig};
+use consign::broker::{Broker, STREAM_AGE, StreamConfig};
 use consign::config::{OutboxConfig, ServiceConfig};
 use consign::http::HttpConfig;
 use consign::tasks::TaskOptions;
@@ -61,6 +61,15 @@ impl Config {
     /// What every service has to be told.
     pub fn service(&self) -> ServiceConfig {
         ServiceConfig { http: self.http.clone(), outbox: self.outbox, consumer: self.consumer, tasks: self.tasks }
+    }
+
+    /// Everything wrong with it.
+    pub fn check(&self) -> Vec<String> {
+        let mut faults = self.service().check(NAME, STREAM_AGE);
+        if self.deadline < Duration::from_secs(1) {
+            faults.push(format!("order.deadline = {:?} must be at least 1s", self.deadline));
+        }
+        faults
     }
 }
 

@@ -82,7 +82,7 @@ pub async fn update(tx: &mut Tx, changed: &[(u64, &Order)]) -> Result<u64, DbErr
     let done = sqlx::query(
         "UPDATE orders SET version = e.value ->> 2, status = e.value ->> 3, reason = e.value ->> 4,
              payment_id = e.value ->> 5, updated_at = ?1
-         FROM json_each(?2) e WHERE id = e.value ->> 0 AND version = e.value ->> 1",
+         FROM json_each(?2) e WHERE orders.id = e.value ->> 0 AND version = e.value ->> 1",
     )
     .bind(now)
     .bind(to_json(&rows)?)

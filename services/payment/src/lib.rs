@@ -12,7 +12,7 @@ mod store;
 use std::path::Path;
 use std::sync::Arc;
 
-use consign::broker::{Broker, StreamConfig};
+use consign::broker::{Broker, STREAM_AGE, StreamConfig};
 use consign::config::{OutboxConfig, ServiceConfig};
 use consign::http::HttpConfig;
 use consign::tasks::TaskOptions;
@@ -61,6 +61,13 @@ impl Config {
     /// What every service has to be told.
     pub fn service(&self) -> ServiceConfig {
         ServiceConfig { http: self.http.clone(), outbox: self.outbox, consumer: self.consumer, tasks: self.tasks }
+    }
+
+    /// Everything wrong with it.
+    pub fn check(&self) -> Vec<String> {
+        let mut faults = self.service().check(NAME, STREAM_AGE);
+        faults.extend(self.gateway.faults().into_iter().map(|f| format!("payment.gateway.{f}")));
+        faults
     }
 }
 

@@ -35,6 +35,9 @@ impl Message {
     }
 }
 
+/// How long streams keep messages unless they say otherwise.
+pub const STREAM_AGE: Duration = Duration::from_secs(7 * 24 * 3600);
+
 /// A stream: what is stored, and for how long.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StreamConfig {
@@ -62,7 +65,7 @@ impl StreamConfig {
         Self {
             name: name.to_owned(),
             subjects: subjects.iter().map(|&s| s.to_owned()).collect(),
-            max_age: Some(Duration::from_secs(7 * 24 * 3600)),
+            max_age: Some(STREAM_AGE),
             max_messages: None,
             max_bytes: None,
             max_messages_per_subject: None,
