@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use serde::Serialize;
+use sqlx::sqlite::SqliteRow;
 use sqlx::{Row, SqliteConnection};
 use thiserror::Error;
 use tokio_util::sync::CancellationToken;
@@ -114,16 +115,16 @@ pub(crate) fn record<E: Event>(
     Ok(Recorded { event_id: id, message, created_at: now })
 }
 
-/// Two statements, however many events.
+/// Two statements, however many events. The sequence of the first.
 pub(crate) async fn write(
     conn: &mut SqliteConnection,
     db: &Db,
     recorded: &[Recorded],
-) -> Result<(), sqlx::Error> {
+) -> Result<i64, sqlx::Error> {
     #[derive(Serialize)]
     struct Row<'a>(String, &'a str, &'a str, String, &'a str, i64);
     if recorded.is_empty() {
-        return Ok(());
+        return Ok(0);
     }
     let rows: Vec<Row<'_>> = recorded
         .iter()
@@ -155,7 +156,7 @@ pub(crate) async fn write(
         .bind(last - count)
         .execute(conn)
         .await?;
-    Ok(())
+    Ok(last - count + 1)
 }
 
 /// JSON for a statement's parameter: `json_each(?)` turns it into rows, so that one statement serves a whole batch.
@@ -166,20 +167,38 @@ pub fn to_json<T: Serialize>(value: &T) -> Result<String, sqlx::Error> {
 /// Publishes the outbox of one database until told to stop; then once more, so that a drained service leaves nothing behind.
 pub(crate) async fn relay(db: Db, broker: Arc<dyn Broker>, stop: CancellationToken) {
     let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(10));
+    // A crash may have left rows behind, so the table is read first.
+    let mut sweep = true;
     loop {
         let stopping = stop.is_cancelled();
-        match publish_pending(&db, broker.as_ref()).await {
-            Ok(0) if stopping => return,
-            Ok(0) => {
+        let fresh = db.take_fresh();
+        sweep |= fresh.overflow;
+        let round = async {
+            if sweep || fresh.rows.is_empty() {
+                publish(&db, broker.as_ref(), select_pending(&db).await?).await
+            } else {
+                publish(&db, broker.as_ref(), fresh.rows).await
+            }
+        };
+        // What is taken from memory and then not published is found in the table.
+        match round.await {
+            Ok(n) => {
                 backoff.reset();
+                sweep = sweep && n > 0;
+                if n > 0 {
+                    continue;
+                }
+                if stopping {
+                    return;
+                }
                 tokio::select! {
                     () = db.relay_wake().notified() => {}
-                    () = tokio::time::sleep(SWEEP) => {}
-                    () = stop.cancelled() => {}
+                    () = tokio::time::sleep(SWEEP) => sweep = true,
+                    () = stop.cancelled() => sweep = true,
                 }
             }
-            Ok(_) => backoff.reset(),
             Err(error) => {
+                sweep = true;
                 let delay = backoff.next();
                 tracing::warn!(
                     service = db.service(), error = telemetry::chain(&error), retry_in = ?delay,
@@ -211,37 +230,43 @@ enum RelayError {
     },
 }
 
-/// One round: select, publish, mark. The count of rows published.
-async fn publish_pending(db: &Db, broker: &dyn Broker) -> Result<usize, RelayError> {
-    let status = broker.status();
-    if !status.connected && db.outbox_depth() > 0 {
-        let detail = status.detail.unwrap_or_else(|| "disconnected".into());
-        return Err(RelayError::Refused { count: 0, first: PublishError::Unknown(detail) });
-    }
-    let now = db.clock().now();
+/// Rows the broker has not acknowledged, oldest first.
+async fn select_pending(db: &Db) -> Result<Vec<(i64, Message)>, RelayError> {
     let rows = sqlx::query(
         "SELECT p.seq, o.msg_id, o.subject, o.headers, o.payload FROM outbox_pending p JOIN outbox o ON o.seq = p.seq
          WHERE p.not_before <= ? ORDER BY p.seq LIMIT ?",
     )
-    .bind(now.as_millis())
+    .bind(db.clock().now().as_millis())
     .bind(BATCH)
     .fetch_all(db.readers())
     .await?;
+    let message = |row: &SqliteRow| {
+        Ok::<_, sqlx::Error>((
+            row.try_get("seq")?,
+            Message {
+                subject: row.try_get("subject")?,
+                msg_id: Some(row.try_get("msg_id")?),
+                headers: serde_json::from_str(row.try_get("headers")?)
+                    .map_err(|e| sqlx::Error::Decode(Box::new(e)))?,
+                payload: Bytes::from(row.try_get::<Vec<u8>, _>("payload")?),
+            },
+        ))
+    };
+    Ok(rows.iter().map(message).collect::<Result<_, _>>()?)
+}
+
+/// One round: publish, then mark what was acknowledged. The count of rows published.
+async fn publish(db: &Db, broker: &dyn Broker, rows: Vec<(i64, Message)>) -> Result<usize, RelayError> {
     if rows.is_empty() {
         return Ok(0);
     }
-    let mut seqs = Vec::with_capacity(rows.len());
-    let mut messages = Vec::with_capacity(rows.len());
-    for row in &rows {
-        seqs.push(row.try_get::<i64, _>("seq")?);
-        messages.push(Message {
-            subject: row.try_get("subject")?,
-            msg_id: Some(row.try_get("msg_id")?),
-            headers: serde_json::from_str(row.try_get("headers")?)
-                .map_err(|e| sqlx::Error::Decode(Box::new(e)))?,
-            payload: Bytes::from(row.try_get::<Vec<u8>, _>("payload")?),
-        });
+    let status = broker.status();
+    if !status.connected {
+        let first = PublishError::Unknown(status.detail.unwrap_or_else(|| "disconnected".into()));
+        return Err(RelayError::Refused { count: rows.len(), first });
     }
+    let now = db.clock().now();
+    let (seqs, messages): (Vec<i64>, Vec<Message>) = rows.into_iter().unzip();
     let count = messages.len();
     let answers = tokio::time::timeout(PUBLISH_TIMEOUT, broker.publish(messages)).await.map_err(|_| {
         let first = PublishError::Unknown(format!("no answer within {PUBLISH_TIMEOUT:?}"));

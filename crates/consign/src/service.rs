@@ -12,6 +12,7 @@ use aide::openapi::{Components, Info, OpenApi, ReferenceOr, SecurityScheme};
 use aide::scalar::Scalar;
 use axum::extract::DefaultBodyLimit;
 use axum::routing::get;
+use axum::serve::ListenerExt;
 use axum::{Json, Router};
 use serde_json::{Value, json};
 use thiserror::Error;
@@ -201,6 +202,12 @@ impl Service {
         let router = finish(self.router, Arc::clone(&vitals), &self.config, &name, self.description);
         let stop = stops.http.clone();
         http.spawn(async move {
+            // Without this, small answers wait 40 ms for the client's delayed acknowledgement.
+            let listener = listener.tap_io(|stream| {
+                if let Err(error) = stream.set_nodelay(true) {
+                    tracing::debug!(%error, "TCP_NODELAY");
+                }
+            });
             let served = axum::serve(listener, router).with_graceful_shutdown(stop.cancelled_owned());
             if let Err(error) = served.await {
                 tracing::error!(%error, "the HTTP server ended");

@@ -78,11 +78,16 @@ impl Default for TaskOptions {
 pub trait TaskHandler: Send + Sync + 'static {
     /// The task.
     type Task: Task + Clone;
+    /// What a run needs to know, read in the transaction that leases the tasks.
+    type Context: Send + Sync + 'static;
     /// What a run found out.
     type Output: Send + 'static;
 
+    /// Reads what the runs need, for all tasks leased at once and in their order.
+    async fn prepare(&self, tx: &mut Tx, tasks: &[Leased<Self::Task>]) -> Result<Vec<Self::Context>, DbError>;
+
     /// Does it, outside any transaction. An error means: later again.
-    async fn run(&self, task: &Leased<Self::Task>) -> Result<Self::Output, BoxError>;
+    async fn run(&self, task: &Leased<Self::Task>, context: &Self::Context) -> Result<Self::Output, BoxError>;
 
     /// Records outcomes, all that have gathered, in the transaction that removes their tasks. May run again for the same outputs if
     /// the transaction fails.
@@ -106,6 +111,14 @@ pub(crate) struct Scheduled {
 }
 
 impl Scheduled {
+    pub(crate) fn kind(&self) -> &'static str {
+        self.kind
+    }
+
+    pub(crate) fn due(&self) -> Timestamp {
+        Timestamp::from_millis(self.due_at)
+    }
+
     pub(crate) fn new<T: Task>(key: String, payload: &T, due: Timestamp, cause: Cause) -> Result<Self, DbError> {
         Ok(Self {
             kind: T::KIND,
@@ -165,14 +178,19 @@ pub(crate) async fn work<H: TaskHandler>(
     options: TaskOptions,
     stop: CancellationToken,
 ) {
-    Worker { db, handler, options, running: JoinSet::new() }.run(stop).await;
+    Worker { db, handler, options, running: JoinSet::new(), next_due: None }.run(stop).await;
 }
+
+/// Looks at the table after this long even if nothing was announced.
+const LOOK: Duration = Duration::from_secs(10);
 
 struct Worker<H: TaskHandler> {
     db: Db,
     handler: Arc<H>,
     options: TaskOptions,
     running: JoinSet<(Leased<H::Task>, Result<H::Output, BoxError>)>,
+    /// When the next task falls due, as far as is known.
+    next_due: Option<Timestamp>,
 }
 
 impl<H: TaskHandler> Worker<H> {
@@ -181,73 +199,57 @@ impl<H: TaskHandler> Worker<H> {
         let mut wake = self.db.tasks_wake().subscribe();
         let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(10));
         let mut released = false;
+        self.next_due = Some(self.db.clock().now());
         loop {
-            let step = async {
-                if !released {
-                    release_leases(&self.db, kind).await?;
-                    released = true;
-                }
-                wake.mark_unchanged();
-                let free = self.options.concurrency.saturating_sub(self.running.len());
-                if free > 0 && !stop.is_cancelled() { self.claim(free).await } else { Ok(0) }
-            };
-            match step.await {
-                Ok(_) => backoff.reset(),
-                Err(error) => {
+            wake.mark_unchanged();
+            if let Some(announced) = self.db.take_announced(kind) {
+                self.expect_at(announced);
+            }
+            let free = self.options.concurrency.saturating_sub(self.running.len());
+            let due = self.next_due.is_some_and(|t| t <= self.db.clock().now());
+            if due && free > 0 && !stop.is_cancelled() {
+                let step = async {
+                    if !released {
+                        release_leases(&self.db, kind).await?;
+                        released = true;
+                    }
+                    self.claim(free).await
+                };
+                if let Err(error) = step.await {
                     let delay = backoff.next();
                     tracing::warn!(kind, error = telemetry::chain(&error), retry_in = ?delay, "tasks cannot be claimed");
-                    tokio::time::sleep(delay).await;
+                    tokio::select! {
+                        () = tokio::time::sleep(delay) => {}
+                        () = stop.cancelled() => {}
+                    }
                     continue;
                 }
+                backoff.reset();
             }
             if stop.is_cancelled() && self.running.is_empty() {
                 return;
             }
-            let idle = self.until_next_due().await;
             let full = self.running.len() >= self.options.concurrency;
+            let idle = self.next_due.map_or(LOOK, |t| t.since(self.db.clock().now()).min(LOOK));
             tokio::select! {
                 Some(first) = self.running.join_next(), if !self.running.is_empty() => self.collect(first).await,
                 _ = wake.changed(), if !full && !stop.is_cancelled() => {}
-                () = tokio::time::sleep(idle), if !full && !stop.is_cancelled() => {}
+                () = tokio::time::sleep(idle), if !full && !stop.is_cancelled() => {
+                    let now = self.db.clock().now();
+                    self.expect_at(now);
+                }
                 () = stop.cancelled(), if !stop.is_cancelled() => {}
             }
         }
     }
 
-    /// How long until a task falls due that nobody will announce.
-    async fn until_next_due(&self) -> Duration {
-        const LONGEST: Duration = Duration::from_secs(5);
-        let next: Result<Option<i64>, _> = sqlx::query_scalar(
-            "SELECT MIN(MAX(due_at, lease_until)) FROM
-               (SELECT due_at, lease_until FROM tasks WHERE kind = ? ORDER BY due_at LIMIT ?)",
-        )
-        .bind(H::Task::KIND)
-        .bind(i64::try_from(self.options.concurrency + 1).unwrap_or(i64::MAX))
-        .fetch_one(self.db.readers())
-        .await;
-        match next {
-            Ok(Some(at)) => {
-                let wait = Timestamp::from_millis(at).since(self.db.clock().now());
-                wait.clamp(Duration::from_millis(1), LONGEST)
-            }
-            _ => LONGEST,
-        }
+    fn expect_at(&mut self, due: Timestamp) {
+        self.next_due = Some(self.next_due.map_or(due, |t| t.min(due)));
     }
 
-    async fn claim(&mut self, limit: usize) -> Result<usize, DbError> {
+    /// Leases what is due, up to `limit`, reads what the runs need, and starts them.
+    async fn claim(&mut self, limit: usize) -> Result<(), DbError> {
         let now = self.db.clock().now();
-        // Looking costs no write; most looks find nothing.
-        let due: i64 = sqlx::query_scalar(
-            "SELECT EXISTS (SELECT 1 FROM tasks WHERE kind = ? AND due_at <= ? AND lease_until <= ?)",
-        )
-        .bind(H::Task::KIND)
-        .bind(now.as_millis())
-        .bind(now.as_millis())
-        .fetch_one(self.db.readers())
-        .await?;
-        if due == 0 {
-            return Ok(0);
-        }
         let mut tx = self.db.begin().await?;
         tx.count_statement();
         let rows = sqlx::query(
@@ -262,20 +264,43 @@ impl<H: TaskHandler> Worker<H> {
         .bind(i64::try_from(limit).unwrap_or(i64::MAX))
         .fetch_all(tx.sqlite())
         .await?;
-        tx.commit().await?;
-        for row in &rows {
-            let task = leased::<H::Task>(row)?;
-            let (handler, timeout) = (Arc::clone(&self.handler), self.options.timeout);
-            self.running.spawn(async move {
-                let result = run_one(handler.as_ref(), &task, timeout).await;
-                (task, result)
-            });
+        let next_due = if rows.len() < limit {
+            tx.count_statement();
+            let at: Option<i64> = sqlx::query_scalar(
+                "SELECT MIN(at) FROM (SELECT MAX(due_at, lease_until) AS at FROM tasks WHERE kind = ? ORDER BY due_at LIMIT ?)",
+            )
+            .bind(H::Task::KIND)
+            // Those leased come first; one more is the first that is not.
+            .bind(i64::try_from(self.options.concurrency + 1).unwrap_or(i64::MAX))
+            .fetch_one(tx.sqlite())
+            .await?;
+            at.map(Timestamp::from_millis)
+        } else {
+            Some(now)
+        };
+        let tasks: Vec<Leased<H::Task>> = rows.iter().map(leased).collect::<Result<_, _>>()?;
+        if tasks.is_empty() {
+            tx.rollback().await;
+        } else {
+            let contexts = self.handler.prepare(&mut tx, &tasks).await?;
+            tx.commit().await?;
+            for (task, context) in tasks.into_iter().zip(contexts) {
+                let (handler, timeout) = (Arc::clone(&self.handler), self.options.timeout);
+                self.running.spawn(async move {
+                    let result = run_one(handler.as_ref(), &task, &context, timeout).await;
+                    (task, result)
+                });
+            }
         }
-        Ok(rows.len())
+        self.next_due = next_due;
+        Ok(())
     }
 
     /// Commits what has finished so far, all at once.
-    async fn collect(&mut self, first: Result<(Leased<H::Task>, Result<H::Output, BoxError>), tokio::task::JoinError>) {
+    async fn collect(
+        &mut self,
+        first: Result<(Leased<H::Task>, Result<H::Output, BoxError>), tokio::task::JoinError>,
+    ) {
         let mut done = Vec::new();
         let mut failed = Vec::new();
         let mut next = Some(first);
@@ -306,7 +331,7 @@ impl<H: TaskHandler> Worker<H> {
     }
 
     async fn settle(
-        &self,
+        &mut self,
         done: &mut Vec<(Leased<H::Task>, H::Output)>,
         failed: &[(Leased<H::Task>, BoxError)],
     ) -> Result<(), DbError> {
@@ -333,6 +358,7 @@ impl<H: TaskHandler> Worker<H> {
                 .iter()
                 .map(|(t, e)| {
                     let due = now + self.options.retry.delay(t.attempts);
+                    self.next_due = Some(self.next_due.map_or(due, |t| t.min(due)));
                     (t.id, t.attempts, due.as_millis(), telemetry::chain(e.as_ref()))
                 })
                 .collect();
@@ -359,9 +385,10 @@ impl<H: TaskHandler> Worker<H> {
 async fn run_one<H: TaskHandler>(
     handler: &H,
     task: &Leased<H::Task>,
+    context: &H::Context,
     timeout: Duration,
 ) -> Result<H::Output, BoxError> {
-    let run = AssertUnwindSafe(handler.run(task)).catch_unwind();
+    let run = AssertUnwindSafe(handler.run(task, context)).catch_unwind();
     let result = match tokio::time::timeout(timeout, run).await {
         Ok(Ok(result)) => result,
         Ok(Err(panic)) => Err(format!("panicked: {}", telemetry::panic_message(&*panic)).into()),

@@ -27,9 +27,14 @@ pub struct Expire;
 #[async_trait]
 impl TaskHandler for Expire {
     type Task = Deadline;
+    type Context = ();
     type Output = ();
 
-    async fn run(&self, _: &Leased<Deadline>) -> Result<(), BoxError> {
+    async fn prepare(&self, _: &mut Tx, tasks: &[Leased<Deadline>]) -> Result<Vec<()>, DbError> {
+        Ok(vec![(); tasks.len()])
+    }
+
+    async fn run(&self, _: &Leased<Deadline>, (): &()) -> Result<(), BoxError> {
         Ok(())
     }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use consign::handler::BoxError;
 use consign::tasks::{Leased, Task, TaskHandler};
-use consign::{Db, DbError, Tx};
+use consign::{Clock, DbError, Tx};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -39,15 +39,18 @@ impl Task for RefundTask {
 /// Does both kinds of call.
 #[derive(Clone)]
 pub struct Calls {
-    pub db: Db,
+    pub clock: Clock,
     pub gateway: Arc<dyn PaymentGateway>,
 }
 
-impl Calls {
-    async fn payment(&self, order: Uuid) -> Result<Payment, BoxError> {
-        let found = store::find(self.db.readers(), order).await?;
-        found.ok_or_else(|| format!("there is no payment of order {order}").into())
-    }
+/// The payments of these orders, in their order: one statement for all tasks leased at once.
+async fn payments(tx: &mut Tx, orders: Vec<Uuid>) -> Result<Vec<Option<Payment>>, DbError> {
+    let mut found = store::load(tx, &orders).await?;
+    Ok(orders.iter().map(|id| found.remove(id)).collect())
+}
+
+fn known<'a>(payment: &'a Option<Payment>, order: &Uuid) -> Result<&'a Payment, BoxError> {
+    payment.as_ref().ok_or_else(|| format!("there is no payment of order {order}").into())
 }
 
 /// What a charge came to.
@@ -71,10 +74,15 @@ impl From<Charge> for ChargeOutcome {
 #[async_trait]
 impl TaskHandler for Calls {
     type Task = ChargeTask;
+    type Context = Option<Payment>;
     type Output = ChargeOutcome;
 
-    async fn run(&self, task: &Leased<ChargeTask>) -> Result<ChargeOutcome, BoxError> {
-        let p = self.payment(task.payload.order_id).await?;
+    async fn prepare(&self, tx: &mut Tx, tasks: &[Leased<ChargeTask>]) -> Result<Vec<Option<Payment>>, DbError> {
+        payments(tx, tasks.iter().map(|t| t.payload.order_id).collect()).await
+    }
+
+    async fn run(&self, task: &Leased<ChargeTask>, payment: &Option<Payment>) -> Result<ChargeOutcome, BoxError> {
+        let p = known(payment, &task.payload.order_id)?;
         let key = p.payment_id.to_string();
         // Tried before: it may have been charged although no answer came. Asking settles it.
         if task.attempts > 1
@@ -85,7 +93,7 @@ impl TaskHandler for Calls {
         if p.state.cancelled {
             return Ok(ChargeOutcome::NotCharged("cancelled".into()));
         }
-        if self.db.clock().now() >= p.expires_at {
+        if self.clock.now() >= p.expires_at {
             return Ok(ChargeOutcome::NotCharged("expired".into()));
         }
         Ok(self.gateway.charge(&key, p.amount, &p.currency).await?.into())
@@ -112,10 +120,15 @@ pub struct Refunds(pub Calls);
 #[async_trait]
 impl TaskHandler for Refunds {
     type Task = RefundTask;
+    type Context = Option<Payment>;
     type Output = ();
 
-    async fn run(&self, task: &Leased<RefundTask>) -> Result<(), BoxError> {
-        let p = self.0.payment(task.payload.order_id).await?;
+    async fn prepare(&self, tx: &mut Tx, tasks: &[Leased<RefundTask>]) -> Result<Vec<Option<Payment>>, DbError> {
+        payments(tx, tasks.iter().map(|t| t.payload.order_id).collect()).await
+    }
+
+    async fn run(&self, task: &Leased<RefundTask>, payment: &Option<Payment>) -> Result<(), BoxError> {
+        let p = known(payment, &task.payload.order_id)?;
         if p.state.status == Status::Refunding {
             let charge = p.payment_id.to_string();
             self.0.gateway.refund(&format!("refund-{charge}"), &charge, p.amount).await?;

@@ -79,7 +79,7 @@ pub async fn open(path: &Path, clock: Clock) -> Result<Db, DbError> {
 /// The whole service, ready to start.
 pub fn service(config: &Config, db: Db, broker: Arc<dyn Broker>, gateway: SimulatedGateway) -> Service {
     let options = config.consumer;
-    let calls = Calls { db: db.clone(), gateway: Arc::new(gateway.clone()) };
+    let calls = Calls { clock: db.clock().clone(), gateway: Arc::new(gateway.clone()) };
     let state = http::AppState { db: db.clone(), gateway };
     Service::new(config.service(), db, broker, "Charges orders, exactly once or not at all.")
         .stream(StreamConfig::new(streams::PAYMENTS, &["payments.>"]))

@@ -6,8 +6,9 @@
 mod group;
 mod migrate;
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -16,6 +17,7 @@ use sqlx::{ConnectOptions, Connection, SqliteConnection, SqlitePool};
 use thiserror::Error;
 use tokio::sync::{Mutex, Notify, OwnedMutexGuard, watch};
 
+use crate::broker::Message;
 use crate::event::Cause;
 use crate::outbox::{self, EmitError, Emission, Recorded};
 use crate::schema::SchemaViolation;
@@ -68,11 +70,27 @@ struct Inner {
     readers: SqlitePool,
     relay_wake: Notify,
     tasks_wake: watch::Sender<()>,
+    /// The earliest due time scheduled since the kind's worker last looked.
+    tasks_announced: std::sync::Mutex<HashMap<&'static str, Timestamp>>,
+    /// Committed and not yet seen by the relay, so that it need not read back what was just written.
+    fresh: std::sync::Mutex<Fresh>,
     redrive_wake: watch::Sender<()>,
     outbox_depth: AtomicI64,
     commits: AtomicU64,
     statements: AtomicU64,
 }
+
+/// What the relay has not seen yet.
+#[derive(Debug, Default)]
+pub(crate) struct Fresh {
+    /// Rows with their messages, in order.
+    pub rows: Vec<(i64, Message)>,
+    /// More was committed than is kept here: the rest has to be read from the table.
+    pub overflow: bool,
+}
+
+/// So many committed events are kept in memory for the relay.
+const FRESH_CAP: usize = 8192;
 
 #[derive(Debug)]
 struct Writer {
@@ -130,6 +148,8 @@ impl Db {
             readers,
             relay_wake: Notify::new(),
             tasks_wake: watch::Sender::new(()),
+            tasks_announced: std::sync::Mutex::default(),
+            fresh: std::sync::Mutex::default(),
             redrive_wake: watch::Sender::new(()),
             outbox_depth: AtomicI64::new(depth),
             commits: AtomicU64::new(0),
@@ -222,6 +242,16 @@ impl Db {
 
     pub(crate) fn outbox_shrank(&self, by: usize) {
         self.0.outbox_depth.fetch_sub(i64::try_from(by).unwrap_or(i64::MAX), Ordering::Relaxed);
+    }
+
+    /// What was committed since the relay last asked.
+    pub(crate) fn take_fresh(&self) -> Fresh {
+        std::mem::take(&mut *self.0.fresh.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// The earliest due time of this kind scheduled since it was last asked for.
+    pub(crate) fn take_announced(&self, kind: &'static str) -> Option<Timestamp> {
+        self.0.tasks_announced.lock().unwrap_or_else(PoisonError::into_inner).remove(kind)
     }
 
     pub(crate) fn relay_wake(&self) -> &Notify {
@@ -371,7 +401,7 @@ impl Tx {
 impl TxState {
     async fn write_and_commit(&mut self) -> Result<(), DbError> {
         let conn = &mut self.writer.conn;
-        outbox::write(conn, &self.db, &self.emitted).await?;
+        let first_seq = outbox::write(conn, &self.db, &self.emitted).await?;
         tasks::write(conn, &self.db, &self.scheduled, &self.cancelled).await?;
         self.db.count_statement();
         sqlx::query("COMMIT").execute(conn).await?;
@@ -380,9 +410,23 @@ impl TxState {
         if !self.emitted.is_empty() {
             let n = i64::try_from(self.emitted.len()).unwrap_or(i64::MAX);
             self.db.0.outbox_depth.fetch_add(n, Ordering::Relaxed);
+            {
+                let mut fresh = self.db.0.fresh.lock().unwrap_or_else(PoisonError::into_inner);
+                fresh.overflow |= fresh.rows.len() + self.emitted.len() > FRESH_CAP;
+                if !fresh.overflow {
+                    fresh.rows.extend((first_seq..).zip(self.emitted.drain(..).map(|r| r.message)));
+                }
+            }
             self.db.0.relay_wake.notify_one();
         }
         if !self.scheduled.is_empty() {
+            {
+                let mut announced = self.db.0.tasks_announced.lock().unwrap_or_else(PoisonError::into_inner);
+                for s in &self.scheduled {
+                    let due = announced.entry(s.kind()).or_insert(s.due());
+                    *due = s.due().min(*due);
+                }
+            }
             self.db.0.tasks_wake.send_replace(());
         }
         Ok(())
@@ -414,12 +458,12 @@ impl Slot {
     }
 
     fn put(&self, state: Box<TxState>) {
-        *self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(state);
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(state);
     }
 
     /// The transaction, to come back here when dropped.
     pub(crate) fn lend(&self) -> Option<Tx> {
-        let state = self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take()?;
+        let state = self.0.lock().unwrap_or_else(PoisonError::into_inner).take()?;
         Some(Tx { state: Some(state), home: Some(self.clone()) })
     }
 
