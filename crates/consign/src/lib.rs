@@ -21,6 +21,8 @@ pub mod schema;
 pub mod service;
 pub mod tasks;
 pub mod telemetry;
+#[cfg(feature = "testing")]
+pub mod testing;
 mod time;
 
 pub use consumer::{Consumer, ConsumerOptions};

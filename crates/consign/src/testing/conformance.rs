@@ -1,0 +1,432 @@
+//! What every broker must do, written against the trait: each test is named after the promise it checks. Run it with
+//! [`run`], handing in how to make a broker and how to let time pass.
+
+use std::collections::BTreeSet;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+
+use crate::broker::{
+    Broker, BrokerError, ConsumerConfig, DeliverPolicy, Delivery, Discard, Message, PubAck, PublishError, Settlement,
+    StreamConfig,
+};
+
+/// A broker under test.
+pub trait Subject: Sync {
+    /// A fresh, empty broker.
+    fn fresh(&self) -> impl Future<Output = Arc<dyn Broker>>;
+    /// Lets this much of the broker's time pass.
+    fn pass(&self, time: Duration) -> impl Future<Output = ()>;
+    /// Stops the broker and starts it again on what it stored; none if it keeps nothing.
+    fn restart(&self, broker: Arc<dyn Broker>) -> impl Future<Output = Option<Arc<dyn Broker>>>;
+}
+
+const SOON: Duration = Duration::from_millis(50);
+const ACK_WAIT: Duration = Duration::from_secs(30);
+
+/// Runs the whole suite; panics at the first broken promise.
+pub async fn run(subject: &impl Subject) {
+    type Test<'a> = (&'static str, Pin<Box<dyn Future<Output = ()> + 'a>>);
+    let tests: Vec<Test<'_>> = vec![
+        ("publish and fetch in order", Box::pin(publish_and_fetch_in_order(subject))),
+        ("a known id is not stored again within the window", Box::pin(duplicates(subject))),
+        ("subjects nobody stores are refused", Box::pin(no_stream(subject))),
+        ("filters", Box::pin(filters(subject))),
+        ("unsettled deliveries come again after AckWait", Box::pin(ack_wait(subject))),
+        ("progress starts the wait anew", Box::pin(progress(subject))),
+        ("a nak comes again after its delay", Box::pin(nak(subject))),
+        ("a terminated message never comes again, and is announced", Box::pin(term(subject))),
+        ("backoff overrides AckWait", Box::pin(backoff(subject))),
+        ("after max_deliver a message is given up and announced", Box::pin(max_deliver(subject))),
+        ("max_ack_pending holds", Box::pin(max_ack_pending(subject))),
+        ("deliver policies", Box::pin(deliver_policies(subject))),
+        ("a full stream refuses, or drops the oldest, as told", Box::pin(limits(subject))),
+        ("the last of each subject", Box::pin(last_per_subject(subject))),
+        ("messages age out", Box::pin(max_age(subject))),
+        ("info tells the truth", Box::pin(info(subject))),
+        ("two fetchers share, and none gets what another has", Box::pin(competing(subject))),
+        ("a fetch waits for the next message", Box::pin(fetch_waits(subject))),
+        ("configuration that cannot be is refused", Box::pin(bad_configuration(subject))),
+        ("a consumer that is changed keeps its place", Box::pin(consumer_changes(subject))),
+        ("what is acknowledged survives a restart", Box::pin(restart(subject))),
+    ];
+    for (name, test) in tests {
+        println!("conformance: {name}");
+        test.await;
+    }
+}
+
+fn message(subject: &str, id: &str) -> Message {
+    Message {
+        subject: subject.into(),
+        msg_id: Some(id.into()),
+        headers: vec![("x-test".into(), id.into())],
+        payload: Bytes::from(format!("payload of {id}")),
+    }
+}
+
+fn stream() -> StreamConfig {
+    StreamConfig::new("S", &["s.>"])
+}
+
+async fn with_stream(subject: &impl Subject, config: StreamConfig) -> Arc<dyn Broker> {
+    let broker = subject.fresh().await;
+    broker.ensure_stream(&config).await.expect("a stream");
+    broker
+}
+
+async fn with_consumer(subject: &impl Subject, config: ConsumerConfig) -> Arc<dyn Broker> {
+    let broker = with_stream(subject, stream()).await;
+    broker.ensure_consumer("S", &config).await.expect("a consumer");
+    broker
+}
+
+fn consumer() -> ConsumerConfig {
+    ConsumerConfig { ack_wait: ACK_WAIT, ..ConsumerConfig::new("c", Vec::new()) }
+}
+
+async fn publish(broker: &Arc<dyn Broker>, subjects_and_ids: &[(&str, &str)]) -> Vec<PubAck> {
+    let messages = subjects_and_ids.iter().map(|(s, id)| message(s, id)).collect();
+    broker.publish(messages).await.into_iter().map(|a| a.expect("an acknowledgement")).collect()
+}
+
+async fn fetch(broker: &Arc<dyn Broker>, max: usize) -> Vec<Delivery> {
+    broker.fetch("S", "c", max, SOON).await.expect("a fetch")
+}
+
+/// A fetch that must come back empty; time passes meanwhile.
+async fn nothing(subject: &impl Subject, broker: &Arc<dyn Broker>) {
+    let (got, ()) = tokio::join!(broker.fetch("S", "c", 10, SOON), subject.pass(SOON * 2));
+    assert_eq!(ids(&got.expect("a fetch")), Vec::<String>::new());
+}
+
+fn ids(deliveries: &[Delivery]) -> Vec<String> {
+    deliveries.iter().map(|d| d.message.message.msg_id.clone().expect("an id")).collect()
+}
+
+async fn settle(broker: &Arc<dyn Broker>, deliveries: &[Delivery], how: &Settlement) {
+    let all = deliveries.iter().map(|d| (d.reply.clone(), how.clone())).collect();
+    broker.settle("S", "c", all).await.expect("settled");
+}
+
+async fn publish_and_fetch_in_order(subject: &impl Subject) {
+    let broker = with_consumer(subject, consumer()).await;
+    let acks = publish(&broker, &[("s.a", "1"), ("s.b", "2"), ("s.a", "3")]).await;
+    assert_eq!(acks.iter().map(|a| a.sequence).collect::<Vec<_>>(), [1, 2, 3]);
+    assert!(acks.iter().all(|a| !a.duplicate && &*a.stream == "S"));
+    let got = fetch(&broker, 10).await;
+    assert_eq!(ids(&got), ["1", "2", "3"]);
+    let first = &got[0].message.message;
+    assert_eq!((first.subject.as_str(), first.header("X-Test"), &first.payload[..]), ("s.a", Some("1"), &b"payload of 1"[..]));
+    assert!(got.iter().all(|d| d.delivered == 1));
+    settle(&broker, &got, &Settlement::Ack).await;
+    nothing(subject, &broker).await;
+    let stored = broker.get("S", 2).await.expect("a look").expect("a message");
+    assert_eq!(stored.message.msg_id.as_deref(), Some("2"));
+    assert!(broker.get("S", 9).await.expect("a look").is_none());
+}
+
+async fn duplicates(subject: &impl Subject) {
+    let window = Duration::from_secs(120);
+    let broker = with_stream(subject, StreamConfig { duplicate_window: window, ..stream() }).await;
+    let first = publish(&broker, &[("s.a", "1")]).await.remove(0);
+    let again = publish(&broker, &[("s.a", "1")]).await.remove(0);
+    assert_eq!((again.sequence, again.duplicate), (first.sequence, true));
+    // In one pipeline too.
+    let both = publish(&broker, &[("s.a", "2"), ("s.a", "2")]).await;
+    assert_eq!((both[0].duplicate, both[1].duplicate, both[0].sequence), (false, true, both[1].sequence));
+    subject.pass(window + Duration::from_secs(1)).await;
+    let later = publish(&broker, &[("s.a", "1")]).await.remove(0);
+    assert!(!later.duplicate && later.sequence > first.sequence, "the window is over");
+}
+
+async fn no_stream(subject: &impl Subject) {
+    let broker = with_stream(subject, stream()).await;
+    let answers = broker.publish(vec![message("t.a", "1"), message("s.*", "2"), message("s.a", "3")]).await;
+    assert!(matches!(answers[0], Err(PublishError::NoStream(_))), "{:?}", answers[0]);
+    assert!(matches!(answers[1], Err(PublishError::InvalidSubject(_))), "{:?}", answers[1]);
+    assert!(answers[2].is_ok(), "one refused message does not hold up the others");
+    assert!(matches!(broker.stream_info("T").await, Err(BrokerError::NoStream(_))));
+    assert!(matches!(broker.fetch("S", "nobody", 1, SOON).await, Err(BrokerError::NoConsumer { .. })));
+}
+
+async fn filters(subject: &impl Subject) {
+    let config = ConsumerConfig { filter_subjects: vec!["s.a.>".into(), "s.*.x".into()], ..consumer() };
+    let broker = with_consumer(subject, config).await;
+    publish(&broker, &[("s.a.b", "1"), ("s.b.b", "2"), ("s.b.x", "3"), ("s.a.b.c", "4"), ("s.a.x", "5")]).await;
+    assert_eq!(ids(&fetch(&broker, 10).await), ["1", "3", "4", "5"]);
+}
+
+async fn ack_wait(subject: &impl Subject) {
+    let broker = with_consumer(subject, consumer()).await;
+    publish(&broker, &[("s.a", "1"), ("s.a", "2")]).await;
+    let got = fetch(&broker, 10).await;
+    settle(&broker, &got[..1], &Settlement::Ack).await;
+    nothing(subject, &broker).await;
+    subject.pass(ACK_WAIT).await;
+    let again = fetch(&broker, 10).await;
+    assert_eq!(ids(&again), ["2"]);
+    assert_eq!(again[0].delivered, 2);
+    // The first delivery's reply settles it still, and settling twice is no error.
+    settle(&broker, &got, &Settlement::Ack).await;
+    settle(&broker, &got, &Settlement::Ack).await;
+    subject.pass(ACK_WAIT * 2).await;
+    nothing(subject, &broker).await;
+}
+
+async fn progress(subject: &impl Subject) {
+    let broker = with_consumer(subject, consumer()).await;
+    publish(&broker, &[("s.a", "1")]).await;
+    let got = fetch(&broker, 10).await;
+    for _ in 0..3 {
+        subject.pass(ACK_WAIT * 2 / 3).await;
+        nothing(subject, &broker).await;
+        settle(&broker, &got, &Settlement::Progress).await;
+    }
+    subject.pass(ACK_WAIT + SOON).await;
+    assert_eq!(ids(&fetch(&broker, 10).await), ["1"]);
+}
+
+async fn nak(subject: &impl Subject) {
+    let broker = with_consumer(subject, consumer()).await;
+    publish(&broker, &[("s.a", "1"), ("s.a", "2")]).await;
+    let got = fetch(&broker, 1).await;
+    settle(&broker, &got, &Settlement::Nak(Duration::from_secs(5))).await;
+    let rest = fetch(&broker, 10).await;
+    assert_eq!(ids(&rest), ["2"], "a nak holds up nobody else");
+    settle(&broker, &rest, &Settlement::Ack).await;
+    subject.pass(Duration::from_secs(4)).await;
+    nothing(subject, &broker).await;
+    subject.pass(Duration::from_secs(1)).await;
+    let again = fetch(&broker, 10).await;
+    assert_eq!((ids(&again), again[0].delivered), (vec!["1".to_owned()], 2));
+}
+
+async fn advisories(broker: &Arc<dyn Broker>) -> Vec<serde_json::Value> {
+    let count = broker.stream_info("ADVISORIES").await.expect("info").last_sequence;
+    let mut found = Vec::new();
+    for sequence in 1..=count {
+        let stored = broker.get("ADVISORIES", sequence).await.expect("a look").expect("an advisory");
+        found.push(serde_json::from_slice(&stored.message.payload).expect("JSON"));
+    }
+    found
+}
+
+async fn capture_advisories(broker: &Arc<dyn Broker>) {
+    let config = StreamConfig::new(
+        "ADVISORIES",
+        &["$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES.>", "$JS.EVENT.ADVISORY.CONSUMER.MSG_TERMINATED.>"],
+    );
+    broker.ensure_stream(&config).await.expect("a stream for advisories");
+}
+
+async fn term(subject: &impl Subject) {
+    let broker = with_consumer(subject, consumer()).await;
+    capture_advisories(&broker).await;
+    publish(&broker, &[("s.a", "1")]).await;
+    let got = fetch(&broker, 1).await;
+    settle(&broker, &got, &Settlement::Term("poison".into())).await;
+    subject.pass(ACK_WAIT * 2).await;
+    nothing(subject, &broker).await;
+    let told = advisories(&broker).await;
+    assert_eq!((told.len(), &told[0]["stream_seq"], &told[0]["consumer"]), (1, &1.into(), &"c".into()));
+}
+
+async fn backoff(subject: &impl Subject) {
+    let waits = vec![Duration::from_secs(2), Duration::from_secs(10)];
+    let broker = with_consumer(subject, ConsumerConfig { backoff: waits, ..consumer() }).await;
+    publish(&broker, &[("s.a", "1")]).await;
+    fetch(&broker, 1).await;
+    subject.pass(Duration::from_millis(2100)).await;
+    assert_eq!(ids(&fetch(&broker, 1).await), ["1"]);
+    subject.pass(Duration::from_secs(8)).await;
+    nothing(subject, &broker).await;
+    subject.pass(Duration::from_secs(2)).await;
+    assert_eq!(fetch(&broker, 1).await[0].delivered, 3);
+}
+
+async fn max_deliver(subject: &impl Subject) {
+    let broker = with_consumer(subject, ConsumerConfig { max_deliver: Some(2), ..consumer() }).await;
+    capture_advisories(&broker).await;
+    publish(&broker, &[("s.a", "1"), ("s.a", "2")]).await;
+    for _ in 0..2 {
+        let got = fetch(&broker, 10).await;
+        assert!(ids(&got).contains(&"1".to_owned()));
+        let others: Vec<Delivery> =
+            got.into_iter().filter(|d| d.message.message.msg_id.as_deref() == Some("2")).collect();
+        settle(&broker, &others, &Settlement::Ack).await;
+        subject.pass(ACK_WAIT + SOON).await;
+    }
+    nothing(subject, &broker).await;
+    subject.pass(SOON).await;
+    let told = advisories(&broker).await;
+    assert_eq!((told.len(), &told[0]["stream_seq"], &told[0]["deliveries"]), (1, &1.into(), &2.into()));
+    let info = broker.consumer_info("S", "c").await.expect("info");
+    assert_eq!((info.pending, info.ack_pending), (0, 0));
+}
+
+async fn max_ack_pending(subject: &impl Subject) {
+    let broker = with_consumer(subject, ConsumerConfig { max_ack_pending: 2, ..consumer() }).await;
+    publish(&broker, &[("s.a", "1"), ("s.a", "2"), ("s.a", "3")]).await;
+    let got = fetch(&broker, 10).await;
+    assert_eq!(ids(&got), ["1", "2"]);
+    nothing(subject, &broker).await;
+    settle(&broker, &got[..1], &Settlement::Ack).await;
+    assert_eq!(ids(&fetch(&broker, 10).await), ["3"]);
+}
+
+async fn deliver_policies(subject: &impl Subject) {
+    let broker = with_stream(subject, stream()).await;
+    publish(&broker, &[("s.a", "1"), ("s.a", "2"), ("s.a", "3")]).await;
+    let cases = [
+        ("all", DeliverPolicy::All, vec!["1", "2", "3", "4"]),
+        ("new", DeliverPolicy::New, vec!["4"]),
+        ("from", DeliverPolicy::FromSequence(2), vec!["2", "3", "4"]),
+    ];
+    for (durable, deliver, _) in &cases {
+        let config = ConsumerConfig { durable: (*durable).into(), deliver: *deliver, ..consumer() };
+        broker.ensure_consumer("S", &config).await.expect("a consumer");
+    }
+    publish(&broker, &[("s.a", "4")]).await;
+    for (durable, _, expected) in &cases {
+        let got = broker.fetch("S", durable, 10, SOON).await.expect("a fetch");
+        assert_eq!(ids(&got), *expected, "{durable}");
+    }
+}
+
+async fn limits(subject: &impl Subject) {
+    let broker = with_stream(subject, StreamConfig { max_messages: Some(2), ..stream() }).await;
+    publish(&broker, &[("s.a", "1"), ("s.a", "2")]).await;
+    let refused = broker.publish(vec![message("s.a", "3")]).await.remove(0);
+    assert!(matches!(refused, Err(PublishError::StreamFull(_))), "{refused:?}");
+    let info = broker.stream_info("S").await.expect("info");
+    assert_eq!((info.messages, info.last_sequence), (2, 2), "nothing is dropped silently");
+
+    let old = StreamConfig { max_messages: Some(2), discard: Discard::Old, ..stream() };
+    let broker = with_stream(subject, old).await;
+    publish(&broker, &[("s.a", "1"), ("s.a", "2"), ("s.a", "3")]).await;
+    let info = broker.stream_info("S").await.expect("info");
+    assert_eq!((info.messages, info.first_sequence, info.last_sequence), (2, 2, 3));
+    assert!(broker.get("S", 1).await.expect("a look").is_none());
+
+    let bytes = StreamConfig { max_bytes: Some(200), ..stream() };
+    let broker = with_stream(subject, bytes).await;
+    let large = Message { payload: Bytes::from(vec![b'x'; 150]), ..message("s.a", "1") };
+    assert!(broker.publish(vec![large]).await.remove(0).is_ok());
+    let large = Message { payload: Bytes::from(vec![b'x'; 150]), ..message("s.a", "2") };
+    assert!(matches!(broker.publish(vec![large]).await.remove(0), Err(PublishError::StreamFull(_))));
+}
+
+async fn last_per_subject(subject: &impl Subject) {
+    let broker = with_stream(subject, stream().last_per_subject()).await;
+    publish(&broker, &[("s.a", "1"), ("s.b", "2"), ("s.a", "3"), ("s.a", "4")]).await;
+    broker.ensure_consumer("S", &consumer()).await.expect("a consumer");
+    let got = fetch(&broker, 10).await;
+    assert_eq!(ids(&got), ["2", "4"]);
+    assert_eq!(broker.stream_info("S").await.expect("info").messages, 2);
+}
+
+async fn max_age(subject: &impl Subject) {
+    let age = Duration::from_secs(60);
+    let config = StreamConfig { max_age: Some(age), duplicate_window: age, ..stream() };
+    let broker = with_stream(subject, config).await;
+    broker.ensure_consumer("S", &consumer()).await.expect("a consumer");
+    publish(&broker, &[("s.a", "1")]).await;
+    subject.pass(age / 2).await;
+    publish(&broker, &[("s.a", "2")]).await;
+    subject.pass(age / 2 + Duration::from_secs(3)).await;
+    let info = broker.stream_info("S").await.expect("info");
+    assert_eq!((info.messages, info.first_sequence, info.last_sequence), (1, 2, 2));
+    assert_eq!(ids(&fetch(&broker, 10).await), ["2"]);
+}
+
+async fn info(subject: &impl Subject) {
+    let broker = with_consumer(subject, consumer()).await;
+    let empty = broker.stream_info("S").await.expect("info");
+    assert_eq!((empty.messages, empty.first_sequence, empty.last_sequence), (0, 1, 0));
+    publish(&broker, &[("s.a", "1"), ("s.a", "2"), ("s.a", "3"), ("s.a", "4")]).await;
+    assert_eq!(broker.consumer_info("S", "c").await.expect("info").pending, 4);
+    let got = fetch(&broker, 3).await;
+    settle(&broker, &[got[0].clone(), got[2].clone()], &Settlement::Ack).await;
+    let info = broker.consumer_info("S", "c").await.expect("info");
+    assert_eq!((info.pending, info.ack_pending, info.ack_floor, info.delivered), (1, 1, 1, 3));
+    subject.pass(ACK_WAIT + SOON).await;
+    fetch(&broker, 1).await;
+    assert_eq!(broker.consumer_info("S", "c").await.expect("info").redelivered, 1);
+}
+
+async fn competing(subject: &impl Subject) {
+    let broker = with_consumer(subject, consumer()).await;
+    let many: Vec<Message> = (0..100).map(|i| message("s.a", &i.to_string())).collect();
+    broker.publish(many).await;
+    let (a, b, c) = tokio::join!(fetch(&broker, 40), fetch(&broker, 40), fetch(&broker, 40));
+    let all: Vec<String> = [a, b, c].iter().flat_map(|d| ids(d)).collect();
+    let distinct: BTreeSet<&String> = all.iter().collect();
+    assert_eq!((all.len(), distinct.len()), (100, 100));
+}
+
+async fn fetch_waits(subject: &impl Subject) {
+    let broker = with_consumer(subject, consumer()).await;
+    let waiting = broker.fetch("S", "c", 10, Duration::from_secs(20));
+    let publishing = async {
+        subject.pass(Duration::from_secs(1)).await;
+        publish(&broker, &[("s.a", "1")]).await;
+    };
+    let (got, ()) = tokio::join!(waiting, publishing);
+    assert_eq!(ids(&got.expect("a fetch")), ["1"]);
+    // Who stops waiting takes nothing along.
+    drop(tokio::time::timeout(Duration::ZERO, broker.fetch("S", "c", 10, Duration::from_secs(20))).await);
+    publish(&broker, &[("s.a", "2")]).await;
+    assert_eq!(ids(&fetch(&broker, 10).await), ["2"]);
+}
+
+async fn bad_configuration(subject: &impl Subject) {
+    let broker = with_stream(subject, stream()).await;
+    let overlapping = broker.ensure_stream(&StreamConfig::new("T", &["s.a.*"])).await;
+    assert!(matches!(overlapping, Err(BrokerError::Config(_))), "{overlapping:?}");
+    let too_many = ConsumerConfig { max_deliver: Some(1), backoff: vec![SOON, SOON], ..consumer() };
+    let refused = broker.ensure_consumer("S", &too_many).await;
+    assert!(matches!(refused, Err(BrokerError::Config(_))), "{refused:?}");
+    assert!(matches!(broker.ensure_consumer("T", &consumer()).await, Err(BrokerError::NoStream(_))));
+    // Twice the same is no error.
+    broker.ensure_stream(&stream()).await.expect("idempotent");
+}
+
+async fn consumer_changes(subject: &impl Subject) {
+    let broker = with_consumer(subject, consumer()).await;
+    publish(&broker, &[("s.a", "1"), ("s.a", "2"), ("s.b", "3")]).await;
+    let got = fetch(&broker, 1).await;
+    settle(&broker, &got, &Settlement::Ack).await;
+    let wider = ConsumerConfig { ack_wait: ACK_WAIT * 2, ..consumer() };
+    broker.ensure_consumer("S", &wider).await.expect("a change");
+    assert_eq!(broker.consumer_info("S", "c").await.expect("info").pending, 2);
+    assert_eq!(ids(&fetch(&broker, 10).await), ["2", "3"]);
+}
+
+async fn restart(subject: &impl Subject) {
+    let broker = with_consumer(subject, consumer()).await;
+    let many: Vec<Message> = (0..300).map(|i| message("s.a", &i.to_string())).collect();
+    broker.publish(many).await;
+    let got = fetch(&broker, 100).await;
+    settle(&broker, &got[..50], &Settlement::Ack).await;
+    let Some(broker) = subject.restart(broker).await else { return };
+    let again = publish(&broker, &[("s.a", "7")]).await.remove(0);
+    assert!(again.duplicate, "ids are remembered across a restart");
+    let mut seen = BTreeSet::new();
+    loop {
+        let got = fetch(&broker, 100).await;
+        seen.extend(ids(&got));
+        settle(&broker, &got, &Settlement::Ack).await;
+        if seen.len() >= 250 {
+            break;
+        }
+    }
+    let unsettled: BTreeSet<String> = (50..300).map(|i| i.to_string()).collect();
+    assert!(seen.is_superset(&unsettled), "everything unsettled comes again");
+    nothing(subject, &broker).await;
+    let info = broker.stream_info("S").await.expect("info");
+    assert_eq!((info.messages, info.last_sequence), (300, 300));
+}
