@@ -1,0 +1,259 @@
+//! What the tests of the whole share: the three services on virtual time, and the real program as a process.
+
+use std::path::PathBuf;
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use consign::broker::Broker;
+use consign::service::Running;
+use consign::testing::Bench;
+use consign::{Db, Timestamp};
+use payment::gateway::{Knobs, SimulatedGateway};
+use serde_json::{Value, json};
+use tokio::process::{Child, Command};
+
+/// The admin token of systems under test.
+pub const TOKEN: &str = "test-token";
+
+/// The production services on the in-memory broker and virtual time.
+pub struct System {
+    pub bench: Bench,
+    pub gateway: SimulatedGateway,
+    pub order: Running,
+    pub inventory: Running,
+    pub payment: Running,
+    http: reqwest::Client,
+}
+
+impl System {
+    /// All three, with 100 of `book` (1000 cents) and 5 of `lamp` (2500 cents) in stock.
+    pub async fn start() -> Self {
+        let bench = Bench::start();
+        let clock = bench.time.clock();
+        let mut order_config = order::Config::default();
+        let mut inventory_config = inventory::Config::default();
+        let mut payment_config = payment::Config::default();
+        for http in [&mut order_config.http, &mut inventory_config.0.http, &mut payment_config.http] {
+            http.listen.set_port(0);
+            http.admin_token = Some(TOKEN.to_owned().into());
+            // Virtual time may be moved on while a request is under way.
+            http.request_timeout = Duration::from_secs(100_000);
+        }
+        let knobs = Knobs { latency_ms: 0, ..Knobs::default() };
+        let gateway = SimulatedGateway::open(&bench.file("gateway.db"), knobs, clock.clone()).await.unwrap();
+        let inventory_db = inventory::open(&bench.file("inventory.db"), clock.clone()).await.unwrap();
+        let payment_db = payment::open(&bench.file("payment.db"), clock.clone()).await.unwrap();
+        let order_db = order::open(&bench.file("order.db"), clock).await.unwrap();
+        let order = order::service(&order_config, order_db, bench.broker()).start().await.unwrap();
+        let inventory = inventory::service(&inventory_config, inventory_db, bench.broker()).start().await.unwrap();
+        let payment =
+            payment::service(&payment_config, payment_db, bench.broker(), gateway.clone()).start().await.unwrap();
+        let system = Self { bench, gateway, order, inventory, payment, http: reqwest::Client::new() };
+        for (id, price, stock) in [("book", 1000, 100), ("lamp", 2500, 5)] {
+            system.put(id, price).await;
+            system.stock(id, stock, &format!("first-{id}")).await;
+        }
+        // Consumers that started before their stream was there wait a moment of virtual time before they look again.
+        system.bench.time.advance(Duration::from_secs(2)).await;
+        system.settled().await;
+        system
+    }
+
+    async fn put(&self, id: &str, price: i64) {
+        let url = format!("http://{}/products/{id}", self.inventory.address());
+        let body = json!({"name": id, "price": price, "currency": "EUR"});
+        let response = self.http.put(url).bearer_auth(TOKEN).json(&body).send().await.unwrap();
+        assert!(response.status().is_success(), "{}", response.text().await.unwrap());
+    }
+
+    /// Moves stock.
+    pub async fn stock(&self, id: &str, delta: i64, key: &str) {
+        let url = format!("http://{}/products/{id}/stock", self.inventory.address());
+        let body = json!({"delta": delta, "reason": "test"});
+        let request = self.http.post(url).bearer_auth(TOKEN).header("Idempotency-Key", key).json(&body);
+        let response = request.send().await.unwrap();
+        assert!(response.status().is_success(), "{}", response.text().await.unwrap());
+    }
+
+    /// Places an order of one line; its id.
+    pub async fn place(&self, product: &str, quantity: u32) -> String {
+        let url = format!("http://{}/orders", self.order.address());
+        let body = json!({"customer_id": "ada", "items": [{"product_id": product, "quantity": quantity}]});
+        let response = self.http.post(url).json(&body).send().await.unwrap();
+        assert_eq!(response.status(), 202);
+        let order: Value = response.json().await.unwrap();
+        order["id"].as_str().unwrap().to_owned()
+    }
+
+    /// Asks for an order's cancellation; the status of the answer.
+    pub async fn cancel(&self, id: &str) -> u16 {
+        let url = format!("http://{}/orders/{id}/cancel", self.order.address());
+        self.http.post(url).send().await.unwrap().status().as_u16()
+    }
+
+    async fn get(&self, service: &Running, path: &str) -> Value {
+        let url = format!("http://{}{path}", service.address());
+        self.http.get(url).bearer_auth(TOKEN).send().await.unwrap().json().await.unwrap()
+    }
+
+    /// An order.
+    pub async fn order(&self, id: &str) -> Value {
+        self.get(&self.order, &format!("/orders/{id}")).await
+    }
+
+    /// The names on an order's timeline.
+    pub async fn timeline(&self, id: &str) -> Vec<String> {
+        let timeline = self.get(&self.order, &format!("/orders/{id}/events")).await;
+        timeline["events"].as_array().unwrap().iter().map(|e| e["event"].as_str().unwrap().to_owned()).collect()
+    }
+
+    /// An order's payment, `null` if there is none.
+    pub async fn payment_of(&self, id: &str) -> Value {
+        self.get(&self.payment, &format!("/payments?order_id={id}")).await["payments"][0].clone()
+    }
+
+    /// On hand and reserved of a product.
+    pub async fn stock_of(&self, id: &str) -> (i64, i64) {
+        let p = self.get(&self.inventory, &format!("/products/{id}")).await;
+        (p["on_hand"].as_i64().unwrap(), p["reserved"].as_i64().unwrap())
+    }
+
+    /// Waits, without moving time, until an order has this status.
+    pub async fn until(&self, id: &str, status: &str) {
+        let look = async || self.order(id).await["status"] == status;
+        self.bench.time.until(&format!("order {id} {status}"), look).await;
+    }
+
+    /// The same, moving time on up to `limit`.
+    pub async fn until_within(&self, limit: Duration, id: &str, status: &str) {
+        let look = async || self.order(id).await["status"] == status;
+        let what = format!("order {id} {status}");
+        self.bench.time.until_within(limit, Duration::from_secs(1), &what, look).await;
+    }
+
+    /// Waits until nothing is under way that does not wait for time to pass.
+    pub async fn settled(&self) {
+        let consumers = [
+            ("ORDERS", "inventory-orders"),
+            ("ORDERS", "payment-orders"),
+            ("INVENTORY", "payment-inventory"),
+            ("INVENTORY", "order-inventory"),
+            ("PAYMENTS", "order-payments"),
+            ("PRODUCTS", "order-products"),
+        ];
+        let look = async || {
+            for (stream, consumer) in consumers {
+                match self.bench.broker.consumer_info(stream, consumer).await {
+                    Ok(info) if info.pending == 0 && info.ack_pending == 0 => {}
+                    _ => return false,
+                }
+            }
+            [&self.order, &self.inventory, &self.payment].iter().all(|s| s.db().outbox_depth() == 0)
+        };
+        self.bench.time.until("everything settled", look).await;
+    }
+
+    /// The databases of the services.
+    pub fn dbs(&self) -> [&Db; 3] {
+        [self.order.db(), self.inventory.db(), self.payment.db()]
+    }
+
+    /// The moment by the system's clock.
+    pub fn now(&self) -> Timestamp {
+        self.bench.time.clock().now()
+    }
+}
+
+/// The `consign` program that belongs to this test run.
+///
+/// # Panics
+/// If it has not been built; `cargo xtask test` builds it first.
+pub fn program() -> PathBuf {
+    let mut path = std::env::current_exe().unwrap();
+    while path.file_name().is_none_or(|n| n != "deps") {
+        assert!(path.pop(), "tests run from target/…/deps");
+    }
+    let program = path.with_file_name("consign");
+    assert!(program.exists(), "{} is not there; run `cargo build -p consign-cli`, or `cargo xtask test`", program.display());
+    program
+}
+
+/// `consign up` as a process, in a data directory, on ports of its own.
+pub struct Process {
+    child: Child,
+    pub dir: PathBuf,
+    pub order: String,
+    pub inventory: String,
+    pub payment: String,
+    pub token: String,
+}
+
+impl Process {
+    /// Starts it and waits until orders can be placed.
+    pub async fn start(dir: &std::path::Path, set: &[&str]) -> Self {
+        let _ = std::fs::remove_file(dir.join("endpoints.json"));
+        let log = std::fs::OpenOptions::new().create(true).append(true).open(dir.with_extension("log")).unwrap();
+        let mut command = Command::new(program());
+        command.arg("up").arg("--data-dir").arg(dir).kill_on_drop(true).stdout(Stdio::null()).stderr(log);
+        for service in ["order", "inventory", "payment"] {
+            command.arg("--set").arg(format!("{service}.http.listen=127.0.0.1:0"));
+        }
+        for set in set {
+            command.arg("--set").arg(set);
+        }
+        let mut child = command.spawn().unwrap();
+        let started = Instant::now();
+        let http = reqwest::Client::new();
+        loop {
+            if let Some(status) = child.try_wait().unwrap() {
+                panic!("consign up ended with {status}; see {}", dir.with_extension("log").display());
+            }
+            let endpoints = std::fs::read(dir.join("endpoints.json")).ok();
+            let endpoints: Option<Value> = endpoints.and_then(|b| serde_json::from_slice(&b).ok());
+            if let Some(e) = endpoints {
+                let url = |name: &str| e[name].as_str().unwrap().to_owned();
+                let token = std::fs::read_to_string(dir.join("admin-token")).unwrap();
+                let p = Self {
+                    child,
+                    dir: dir.to_owned(),
+                    order: url("order"),
+                    inventory: url("inventory"),
+                    payment: url("payment"),
+                    token,
+                };
+                // A probe that is refused for its price is the last to need everything in place.
+                let body = json!({"customer_id": "probe", "items": [{"product_id": "coffee", "quantity": 1}]});
+                let probe = || http.post(format!("{}/orders", p.order)).json(&body).send();
+                while !probe().await.is_ok_and(|r| r.status() == 202) {
+                    assert!(started.elapsed() < Duration::from_secs(30), "no order could be placed within 30 s");
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                }
+                return p;
+            }
+            assert!(started.elapsed() < Duration::from_secs(30), "consign up did not start within 30 s");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// kill -9.
+    pub async fn kill(mut self) {
+        self.child.kill().await.unwrap();
+    }
+
+    /// SIGTERM, and how long it took to end.
+    pub async fn terminate(mut self) -> Duration {
+        let started = Instant::now();
+        let pid = self.child.id().unwrap().to_string();
+        assert!(Command::new("kill").args(["-TERM", &pid]).status().await.unwrap().success());
+        let status = tokio::time::timeout(Duration::from_secs(20), self.child.wait()).await;
+        assert!(status.expect("must end within 20 s").unwrap().success());
+        started.elapsed()
+    }
+}
+
+/// Runs `consign` with these arguments: exit code, standard output, standard error.
+pub async fn consign(args: &[&str]) -> (i32, String, String) {
+    let output = Command::new(program()).args(args).output().await.unwrap();
+    let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
+    (output.status.code().unwrap_or(-1), text(output.stdout), text(output.stderr))
+}

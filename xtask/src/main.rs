@@ -1,1 +1,126 @@
-fn main() {}
+//! What people run: `cargo xtask test`, `bench`, `schemas`, `tidy`.
+
+use std::env;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+use std::time::Instant;
+
+use clap::{Parser, Subcommand};
+
+/// Chores of this repository.
+#[derive(Debug, Parser)]
+#[command(name = "xtask")]
+struct Cli {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Debug, Subcommand)]
+enum Task {
+    /// Format, lints, documentation and all tests.
+    Test {
+        /// Install what tests need and is not there. Nothing yet: everything is embedded.
+        #[arg(long)]
+        install: bool,
+    },
+    /// The figures of bench/README.md, measured here and now.
+    Bench {
+        /// Orders per run.
+        #[arg(long, default_value_t = 20_000)]
+        orders: u64,
+        /// Stored orders before the last run.
+        #[arg(long, default_value_t = 0)]
+        stored: u64,
+    },
+    /// Write the JSON Schemas of all events to schemas/.
+    Schemas,
+    /// Format, and look for lints.
+    Tidy,
+}
+
+fn main() -> ExitCode {
+    let root = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
+    let root = root.parent().map(Path::to_owned).unwrap_or(root);
+    let started = Instant::now();
+    let done = match Cli::parse().task {
+        Task::Test { install: _ } => test(&root),
+        Task::Bench { orders, stored } => bench(&root, orders, stored),
+        Task::Schemas => {
+            cargo(&root, &["run", "--quiet", "--package", "consign-contracts", "--example", "schemas", "schemas"])
+        }
+        Task::Tidy => cargo(&root, &["fmt", "--all"])
+            .and_then(|()| cargo(&root, &["clippy", "--workspace", "--all-targets", "--", "--deny", "warnings"])),
+    };
+    match done {
+        Ok(()) => {
+            println!("done in {} s", started.elapsed().as_secs());
+            ExitCode::SUCCESS
+        }
+        Err(e) => {
+            eprintln!("xtask: {e}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn test(root: &Path) -> Result<(), String> {
+    cargo(root, &["fmt", "--all", "--check"])?;
+    cargo(root, &["clippy", "--workspace", "--all-targets", "--", "--deny", "warnings"])?;
+    // The black-box tests start this program.
+    cargo(root, &["build", "--package", "consign-cli"])?;
+    cargo(root, &["test", "--workspace", "--no-fail-fast"])
+}
+
+fn cargo(root: &Path, args: &[&str]) -> Result<(), String> {
+    println!("cargo {}", args.join(" "));
+    run(Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into())).args(args).current_dir(root))
+}
+
+fn run(command: &mut Command) -> Result<(), String> {
+    let status = command.status().map_err(|e| format!("{command:?}: {e}"))?;
+    if status.success() { Ok(()) } else { Err(format!("{command:?} ended with {status}")) }
+}
+
+/// Starts the optimised program on a data directory of its own, and loads it.
+fn bench(root: &Path, orders: u64, stored: u64) -> Result<(), String> {
+    cargo(root, &["build", "--profile", "dist", "--package", "consign-cli"])?;
+    let program = root.join("target/dist/consign");
+    let dir = root.join("target/bench-data");
+    let _ = std::fs::remove_dir_all(&dir);
+    let dir = dir.to_string_lossy().into_owned();
+    let mut up = Command::new(&program)
+        .args(["up", "--data-dir", &dir, "--set", "log.filter=warn"])
+        .spawn()
+        .map_err(|e| format!("{}: {e}", program.display()))?;
+    let load = |title: &str, orders: u64, extra: &[&str]| {
+        println!("\n{title}");
+        let count = orders.to_string();
+        run(Command::new(&program).args(["load", "--data-dir", &dir, "--orders", &count, "--wait", "600"]).args(extra))
+    };
+    let measured = (|| {
+        wait_until_up(&program, &dir)?;
+        load("warm-up", 2_000, &["--concurrency", "64"])?;
+        load("as fast as it goes, 256 at a time", orders, &["--concurrency", "256"])?;
+        load("at 750 orders/s", orders / 2, &["--concurrency", "256", "--rate", "750"])?;
+        if stored > 0 {
+            load("storing more", stored, &["--concurrency", "256"])?;
+            load("as fast as it goes, with those stored", orders, &["--concurrency", "256"])?;
+        }
+        println!();
+        run(Command::new(&program).args(["verify", "--data-dir", &dir]))
+    })();
+    let stopped = run(Command::new("kill").args(["-INT", &up.id().to_string()]));
+    let ended = up.wait().map_err(|e| e.to_string());
+    measured.and(stopped).and(ended.map(drop))
+}
+
+fn wait_until_up(program: &Path, dir: &str) -> Result<(), String> {
+    for _ in 0..300 {
+        let listed = Command::new(program).args(["orders", "list", "--data-dir", dir]).output();
+        if listed.is_ok_and(|o| o.status.success()) {
+            return Ok(());
+        }
+        std::thread::sleep(std::time::Duration::from_millis(100));
+    }
+    Err("consign up did not answer within 30 s".into())
+}

@@ -49,8 +49,7 @@ pub type EventId = Uuid;
 
 /// Ties together everything that followed from one request: 1 to 128 of `A-Z a-z 0-9 . _ : -`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, JsonSchema)]
-#[schemars(inline)]
-pub struct CorrelationId(#[schemars(regex(pattern = r"^[A-Za-z0-9._:-]{1,128}$"))] String);
+pub struct CorrelationId(#[schemars(length(min = 1, max = 128))] String);
 
 impl CorrelationId {
     /// A new one, when the caller brought none.

@@ -13,13 +13,14 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
-use tracing_subscriber::{EnvFilter, Layer, fmt};
+use tracing_subscriber::filter::{ParseError, Targets};
+use tracing_subscriber::{Layer, fmt};
 
 /// What is logged, and where to.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct LogConfig {
-    /// A filter in the syntax of `tracing_subscriber::EnvFilter`, for example `info,order=debug`.
+    /// A filter in the syntax of `tracing_subscriber::filter::Targets`, for example `info,order=debug`.
     pub filter: String,
     /// How it is written to standard error.
     pub format: LogFormat,
@@ -56,7 +57,7 @@ pub enum TelemetryError {
         filter: String,
         #[source]
         /// What is wrong with it.
-        source: tracing_subscriber::filter::ParseError,
+        source: ParseError,
     },
     /// The file cannot be opened.
     #[error("log.file {} cannot be opened for appending", path.display())]
@@ -71,8 +72,8 @@ pub enum TelemetryError {
 
 impl LogConfig {
     /// The filter, or what is wrong with it.
-    pub fn parse_filter(&self) -> Result<EnvFilter, TelemetryError> {
-        EnvFilter::try_new(&self.filter)
+    pub fn parse_filter(&self) -> Result<Targets, TelemetryError> {
+        self.filter.parse()
             .map_err(|source| TelemetryError::Filter { filter: self.filter.clone(), source })
     }
 }

@@ -1,5 +1,7 @@
 //! JSON Schemas of events and request bodies: generated from the types, compiled once, and asked on both ends.
 
+mod validate;
+
 use std::any::TypeId;
 use std::collections::HashMap;
 use std::fmt;
@@ -12,6 +14,7 @@ use serde_json::Value;
 use thiserror::Error;
 
 use crate::Event;
+use validate::Validator;
 
 /// One thing wrong with a document.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
@@ -47,19 +50,16 @@ impl fmt::Display for SchemaViolation {
 pub struct CompiledSchema {
     name: String,
     document: Value,
-    validator: jsonschema::Validator,
+    validator: Validator,
 }
 
 /// So many faults are reported; a hostile document could have any number.
 const MAX_FAULTS: usize = 32;
 
 impl CompiledSchema {
-    #[expect(clippy::expect_used, reason = "schemas come from our own types; one that does not compile is found by any test")]
+    #[expect(clippy::panic, reason = "schemas come from types, so a type that cannot be validated is found by its first use in any test")]
     fn new(name: String, document: Value) -> Self {
-        let validator = jsonschema::options()
-            .should_validate_formats(true)
-            .build(&document)
-            .expect("schemars generates valid JSON Schema");
+        let validator = Validator::compile(&document).unwrap_or_else(|e| panic!("{name} cannot be validated: {e}"));
         Self { name, document, validator }
     }
 
@@ -74,12 +74,7 @@ impl CompiledSchema {
         if self.validator.is_valid(value) {
             return Ok(());
         }
-        let faults = self
-            .validator
-            .iter_errors(value)
-            .take(MAX_FAULTS)
-            .map(|e| Fault { pointer: e.instance_path().to_string(), detail: e.to_string() })
-            .collect();
+        let faults = self.validator.faults(value, MAX_FAULTS);
         Err(SchemaViolation { schema: self.name.clone(), faults })
     }
 }

@@ -1,0 +1,194 @@
+//! The saga on virtual time: the production services, no server.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use consign::broker::{Broker, Message};
+use consign::dead_letter::{self, Filter, Status};
+use consign::event::{Cause, Envelope};
+use consign_tests::System;
+use contracts::{OrderCancelled, PaymentSucceeded};
+use payment::gateway::Knobs;
+use uuid::Uuid;
+
+const CALM: Knobs = Knobs { latency_ms: 0, decline_rate: 0.0, failure_rate: 0.0 };
+
+async fn publish<E: consign::Event>(system: &System, event: &E, source: &str) {
+    let envelope = Envelope {
+        id: Uuid::now_v7(),
+        event_type: E::TYPE.into(),
+        version: E::VERSION,
+        source: source.to_owned().into(),
+        aggregate_id: "test".into(),
+        aggregate_version: 1,
+        time: system.now(),
+        cause: Cause::new(),
+        lane: consign::Lane::Standard,
+    };
+    let payload = Bytes::from(serde_json::to_vec(event).unwrap());
+    let message: Message = envelope.into_message(None, payload);
+    system.bench.broker.publish(vec![message]).await.remove(0).unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_order_is_reserved_paid_and_confirmed() {
+    let system = System::start().await;
+    let id = system.place("book", 3).await;
+    system.until(&id, "confirmed").await;
+    system.settled().await;
+    let order = system.order(&id).await;
+    assert_eq!((order["total"].as_i64(), order["currency"].as_str()), (Some(3000), Some("EUR")));
+    let payment = system.payment_of(&id).await;
+    assert_eq!((payment["status"].as_str(), payment["amount"].as_i64()), (Some("succeeded"), Some(3000)));
+    assert_eq!(order["payment_id"], payment["id"]);
+    assert_eq!(payment["correlation_id"], order["correlation_id"], "one correlation id through everything");
+    assert_eq!(system.stock_of("book").await, (97, 0));
+    let timeline = system.timeline(&id).await;
+    assert_eq!(timeline.first().map(String::as_str), Some("orders.created"));
+    assert_eq!(timeline.last().map(String::as_str), Some("orders.confirmed"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_out_of_stock_is_cancelled_whole() {
+    let system = System::start().await;
+    let id = system.place("lamp", 6).await;
+    system.until(&id, "cancelled").await;
+    system.settled().await;
+    assert_eq!(system.order(&id).await["reason"], "out_of_stock");
+    assert_eq!(system.stock_of("lamp").await, (5, 0));
+    // Cancelled before it was reserved, it leaves a tombstone and no charge.
+    assert!(matches!(system.payment_of(&id).await["status"].as_str(), None | Some("forbidden")));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_declined_payment_releases_the_stock() {
+    let system = System::start().await;
+    system.gateway.set(Knobs { decline_rate: 1.0, ..CALM });
+    let id = system.place("lamp", 5).await;
+    system.until(&id, "cancelled").await;
+    system.settled().await;
+    assert_eq!(system.order(&id).await["reason"], "payment_failed");
+    assert_eq!(system.stock_of("lamp").await, (5, 0));
+    assert_eq!(system.payment_of(&id).await["status"], "failed");
+    system.gateway.set(CALM);
+    let next = system.place("lamp", 5).await;
+    system.until(&next, "confirmed").await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_order_unpaid_past_its_deadline_expires() {
+    let system = System::start().await;
+    system.gateway.set(Knobs { failure_rate: 1.0, ..CALM });
+    let id = system.place("lamp", 5).await;
+    system.until(&id, "reserved").await;
+    system.bench.time.advance(Duration::from_secs(14 * 60)).await;
+    assert_eq!(system.order(&id).await["status"], "reserved", "not before its deadline");
+    system.until_within(Duration::from_secs(3 * 60), &id, "cancelled").await;
+    assert_eq!(system.order(&id).await["reason"], "expired");
+    system.settled().await;
+    assert_eq!(system.stock_of("lamp").await, (5, 0));
+    // The gateway comes back: whatever it did before, nothing is kept.
+    system.gateway.set(CALM);
+    let ended = async || matches!(system.payment_of(&id).await["status"].as_str(), Some("failed" | "refunded"));
+    let minutes = Duration::from_secs(600);
+    system.bench.time.until_within(minutes, Duration::from_secs(1), "payment failed or refunded", ended).await;
+    for db in system.dbs() {
+        let dead = dead_letter::list(db, &Filter::default(), Some(Status::Open), None, 10).await.unwrap();
+        assert!(dead.is_empty(), "an outage of the gateway makes no dead letters: {dead:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lost_answer_is_looked_up_and_not_charged_twice() {
+    let system = System::start().await;
+    system.gateway.set(Knobs { failure_rate: 0.7, ..CALM });
+    let mut ids = Vec::new();
+    for _ in 0..20 {
+        ids.push(system.place("book", 1).await);
+    }
+    for id in &ids {
+        system.until_within(Duration::from_secs(600), id, "confirmed").await;
+    }
+    system.settled().await;
+    assert_eq!(system.stock_of("book").await, (80, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_order_cancelled_while_it_is_charged_is_refunded() {
+    let system = System::start().await;
+    system.gateway.set(Knobs { latency_ms: 2_000, ..CALM });
+    let id = system.place("lamp", 5).await;
+    system.until(&id, "reserved").await;
+    let pending = async || system.payment_of(&id).await["status"] == "pending";
+    system.bench.time.until("the charge under way", pending).await;
+    assert_eq!(system.cancel(&id).await, 200);
+    assert_eq!(system.order(&id).await["status"], "cancelled");
+    let ended = async || matches!(system.payment_of(&id).await["status"].as_str(), Some("refunded" | "failed"));
+    let minute = Duration::from_secs(90);
+    system.bench.time.until_within(minute, Duration::from_secs(1), "refunded", ended).await;
+    system.settled().await;
+    assert_eq!(system.order(&id).await["status"], "cancelled");
+    assert_eq!(system.stock_of("lamp").await, (5, 0));
+    let timeline = system.timeline(&id).await;
+    assert!(timeline.contains(&"payments.refunded".to_owned()) || timeline.contains(&"orders.cancelled".to_owned()));
+    assert_eq!(system.cancel(&id).await, 200, "cancelling twice is the same as once");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_confirmed_order_cannot_be_cancelled() {
+    let system = System::start().await;
+    let id = system.place("book", 1).await;
+    system.until(&id, "confirmed").await;
+    assert_eq!(system.cancel(&id).await, 409);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_event_for_an_unknown_order_is_retried_and_then_kept() {
+    let system = System::start().await;
+    let event =
+        PaymentSucceeded { payment_id: Uuid::now_v7(), order_id: Uuid::now_v7(), amount: 1, currency: "EUR".into() };
+    publish(&system, &event, "/services/payment").await;
+    let dead = async || {
+        let open = dead_letter::list(system.order.db(), &Filter::default(), Some(Status::Open), None, 10).await.unwrap();
+        open.first().is_some_and(|l| l.reason == "retries_exhausted" && l.attempts == 5)
+    };
+    system.bench.time.until_within(Duration::from_secs(600), Duration::from_secs(1), "a dead letter", dead).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_cancellation_that_comes_before_its_order_forbids_it() {
+    let system = System::start().await;
+    let early = OrderCancelled { order_id: Uuid::now_v7(), reason: contracts::CancelReason::Requested };
+    publish(&system, &early, "/services/order").await;
+    let tombstone = async || system.payment_of(&early.order_id.to_string()).await["status"] == "forbidden";
+    system.bench.time.until("payment's tombstone", tombstone).await;
+    let late = contracts::OrderCreated {
+        order_id: early.order_id,
+        customer_id: "ada".into(),
+        items: vec![contracts::OrderLine { product_id: "lamp".into(), quantity: 5, unit_price: 2500 }],
+        total: 12_500,
+        currency: "EUR".into(),
+        deadline: system.now() + Duration::from_secs(900),
+    };
+    publish(&system, &late, "/services/order").await;
+    system.settled().await;
+    assert_eq!(system.stock_of("lamp").await, (5, 0), "not reserved any more");
+}
+
+#[tokio::test(start_paused = true)]
+async fn nothing_is_oversold_when_many_want_the_last_ones() {
+    let system = System::start().await;
+    let mut ids = Vec::new();
+    for _ in 0..12 {
+        ids.push(system.place("lamp", 1).await);
+    }
+    let mut confirmed = 0;
+    for id in &ids {
+        let ended = async || matches!(system.order(id).await["status"].as_str(), Some("confirmed" | "cancelled"));
+        system.bench.time.until("every order ended", ended).await;
+        confirmed += i32::from(system.order(id).await["status"] == "confirmed");
+    }
+    system.settled().await;
+    assert_eq!(confirmed, 5);
+    assert_eq!(system.stock_of("lamp").await, (0, 0));
+}
