@@ -12,7 +12,9 @@ use thiserror::Error;
 #[derive(Debug, Error)]
 pub enum ClientError {
     /// Nobody answered.
-    #[error("{url} cannot be reached; is `consign up` running? (--order-url and the like name another place)")]
+    #[error(
+        "{url} cannot be reached; is `consign up` running? (--order-url and the like name another place)"
+    )]
     Unreachable {
         /// Where.
         url: String,
@@ -84,7 +86,11 @@ impl Client {
     }
 
     /// `POST` of a JSON body.
-    pub async fn post<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> Result<T, ClientError> {
+    pub async fn post<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        body: &impl Serialize,
+    ) -> Result<T, ClientError> {
         self.send(self.request(Method::POST, path).json(body)).await
     }
 }

@@ -51,7 +51,9 @@ impl Config {
         layers = layers.environment("CONSIGN_", NOT_SETTINGS, std::env::vars());
         for pair in set {
             let (path, value) = pair.split_once('=').ok_or_else(|| {
-                ConfigError::Faults(vec![format!("--set {pair}: must be key=value, for example order.deadline=5m")])
+                ConfigError::Faults(vec![format!(
+                    "--set {pair}: must be key=value, for example order.deadline=5m"
+                )])
             })?;
             layers = layers.flag(path, value);
         }

@@ -70,7 +70,9 @@ pub async fn run(command: Command, services: &Services, format: Format) -> Resul
     match command {
         Command::List { filter, status, limit } => {
             let mut query = format!("/admin/dead-letters?status={status}&limit={limit}");
-            for (key, value) in [("consumer", filter.consumer), ("event", filter.event), ("reason", filter.reason)] {
+            for (key, value) in
+                [("consumer", filter.consumer), ("event", filter.event), ("reason", filter.reason)]
+            {
                 if let Some(value) = value {
                     query.push_str(&format!("&{key}={value}"));
                 }
@@ -119,8 +121,15 @@ async fn apply(change: &Change, action: &str, services: &Services, format: Forma
         total += ids.len();
         for id in &ids {
             match format {
-                Format::Json => println!("{}", json!({"service": service, "id": id, "action": action, "dry_run": change.dry_run})),
-                Format::Table => println!("{service}  {}  {action}{}", text(id), if change.dry_run { " (dry run)" } else { "" }),
+                Format::Json => println!(
+                    "{}",
+                    json!({"service": service, "id": id, "action": action, "dry_run": change.dry_run})
+                ),
+                Format::Table => println!(
+                    "{service}  {}  {action}{}",
+                    text(id),
+                    if change.dry_run { " (dry run)" } else { "" }
+                ),
             }
         }
     }

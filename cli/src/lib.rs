@@ -126,15 +126,15 @@ async fn dispatch(cli: Cli) -> Result<ExitCode, Exit> {
         clap_complete::generate(shell, &mut Cli::command(), "consign", &mut std::io::stdout());
         return Ok(ExitCode::SUCCESS);
     }
-    let config = Config::load(global.config.as_deref(), global.data_dir.as_deref(), &global.set).map_err(cannot)?;
+    let config =
+        Config::load(global.config.as_deref(), global.data_dir.as_deref(), &global.set).map_err(cannot)?;
     let endpoints = Endpoints::find(&config);
     let token = global.admin_token.or_else(|| {
         let kept = std::fs::read_to_string(config.data_dir.join("admin-token"));
         kept.ok().map(|t| t.trim().to_owned())
     });
-    let client = |given: &Option<String>, found: &str| {
-        Client::new(given.as_deref().unwrap_or(found), token.clone())
-    };
+    let client =
+        |given: &Option<String>, found: &str| Client::new(given.as_deref().unwrap_or(found), token.clone());
     let order = client(&global.order_url, &endpoints.order);
     let inventory = client(&global.inventory_url, &endpoints.inventory);
     let payment = client(&global.payment_url, &endpoints.payment);

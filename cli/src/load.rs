@@ -69,7 +69,12 @@ struct Percentiles {
 }
 
 impl Percentiles {
-    #[expect(clippy::cast_precision_loss, clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "an index between 0 and the length")]
+    #[expect(
+        clippy::cast_precision_loss,
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "an index between 0 and the length"
+    )]
     fn of(mut samples: Vec<f64>) -> Self {
         if samples.is_empty() {
             return Self::default();
@@ -128,7 +133,8 @@ impl Run {
                        "items": [{"product_id": product, "quantity": rng.random_range(1..=3)}]})
             };
             let key = format!("{}-{n}", self.customer);
-            let request = self.client.request(Method::POST, "/orders").header("Idempotency-Key", key).json(&body);
+            let request =
+                self.client.request(Method::POST, "/orders").header("Idempotency-Key", key).json(&body);
             match request.send().await {
                 Ok(response) if response.status().is_success() => {
                     // The connection is free for the next request only when the body has been read.
@@ -159,7 +165,8 @@ pub async fn run(
     if options.orders == 0 || options.concurrency == 0 || options.rate.is_some_and(|r| r <= 0.0) {
         return Err("--orders, --concurrency and --rate must be above 0".into());
     }
-    let products = if options.products.is_empty() { all_products(inventory).await? } else { options.products.clone() };
+    let products =
+        if options.products.is_empty() { all_products(inventory).await? } else { options.products.clone() };
     let customer = format!("load-{}", uuid::Uuid::now_v7().simple());
     let run = Arc::new(Run {
         client: orders.clone(),

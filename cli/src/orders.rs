@@ -100,7 +100,18 @@ fn show(order: &Value, format: Format) -> Result<(), BoxError> {
         return Ok(());
     }
     let mut table = Table::new();
-    for key in ["id", "status", "reason", "customer_id", "lane", "total", "currency", "created_at", "updated_at", "correlation_id"] {
+    for key in [
+        "id",
+        "status",
+        "reason",
+        "customer_id",
+        "lane",
+        "total",
+        "currency",
+        "created_at",
+        "updated_at",
+        "correlation_id",
+    ] {
         if !order[key].is_null() {
             table.add_row([key.to_owned(), text(&order[key])]);
         }
@@ -141,7 +152,12 @@ async fn watch(client: &Client, id: &str, limit: Duration, format: Format) -> Re
             match format {
                 Format::Json => println!("{event}"),
                 Format::Table => {
-                    println!("{}  {:<24} {}", text(&event["at"]), text(&event["event"]), text(&event["detail"]));
+                    println!(
+                        "{}  {:<24} {}",
+                        text(&event["at"]),
+                        text(&event["event"]),
+                        text(&event["detail"])
+                    );
                 }
             }
         }

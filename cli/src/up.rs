@@ -78,7 +78,9 @@ impl System {
             inventory.send::<Value>(put).await?;
             let stock = json!({"delta": DEMO_STOCK, "reason": "demo"});
             let post = inventory.request(Method::POST, &format!("/products/{id}/stock"));
-            inventory.send::<Value>(post.header("Idempotency-Key", format!("demo-{id}")).json(&stock)).await?;
+            inventory
+                .send::<Value>(post.header("Idempotency-Key", format!("demo-{id}")).json(&stock))
+                .await?;
         }
         Ok(())
     }
@@ -88,10 +90,13 @@ impl System {
         let info = || async {
             let stream = self.broker.stream_info(PRODUCTS).await?;
             let consumer = self.broker.consumer_info(PRODUCTS, "order-products").await;
-            Ok::<_, BoxError>(matches!(consumer, Ok(c) if c.pending == 0 && c.ack_pending == 0 && c.delivered >= stream.last_sequence))
+            Ok::<_, BoxError>(
+                matches!(consumer, Ok(c) if c.pending == 0 && c.ack_pending == 0 && c.delivered >= stream.last_sequence),
+            )
         };
         for _ in 0..500 {
-            let pending = self.services.iter().any(|s| s.db().outbox_depth() > 0 && s.name() == inventory::NAME);
+            let pending =
+                self.services.iter().any(|s| s.db().outbox_depth() > 0 && s.name() == inventory::NAME);
             if !pending && info().await? {
                 return Ok(());
             }

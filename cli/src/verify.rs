@@ -202,7 +202,12 @@ const DELIVERIES: &[(&str, &str, &str, &[&str])] = &[
     ("payment-orders", "pay", "ord", &["orders.cancelled.v1"]),
     ("payment-inventory", "pay", "inv", &["inventory.reserved.v1"]),
     ("order-inventory", "ord", "inv", &["inventory.reserved.v1", "inventory.rejected.v1"]),
-    ("order-payments", "ord", "pay", &["payments.succeeded.v1", "payments.failed.v1", "payments.refunded.v1"]),
+    (
+        "order-payments",
+        "ord",
+        "pay",
+        &["payments.succeeded.v1", "payments.failed.v1", "payments.refunded.v1"],
+    ),
 ];
 
 /// One violation.
@@ -253,22 +258,32 @@ pub async fn run(options: Options, data_dir: &Path, format: Format) -> Result<bo
 }
 
 async fn open(data_dir: &Path) -> Result<SqliteConnection, BoxError> {
-    let mut conn =
-        SqliteConnectOptions::new().in_memory(true).disable_statement_logging().connect().await?;
-    for (name, file) in [("ord", "order.db"), ("inv", "inventory.db"), ("pay", "payment.db"), ("gate", "gateway.db")] {
+    let mut conn = SqliteConnectOptions::new().in_memory(true).disable_statement_logging().connect().await?;
+    for (name, file) in
+        [("ord", "order.db"), ("inv", "inventory.db"), ("pay", "payment.db"), ("gate", "gateway.db")]
+    {
         let path = data_dir.join(file);
         if !path.exists() {
-            return Err(format!("{} is not there; --data-dir names the data directory", path.display()).into());
+            return Err(
+                format!("{} is not there; --data-dir names the data directory", path.display()).into()
+            );
         }
-        let uri = format!("file:{}?mode=ro", path.display().to_string().replace('%', "%25").replace('?', "%3f"));
-        sqlx::query(AssertSqlSafe(format!("ATTACH DATABASE ? AS {name}"))).bind(uri).execute(&mut conn).await?;
+        let uri =
+            format!("file:{}?mode=ro", path.display().to_string().replace('%', "%25").replace('?', "%3f"));
+        sqlx::query(AssertSqlSafe(format!("ATTACH DATABASE ? AS {name}")))
+            .bind(uri)
+            .execute(&mut conn)
+            .await?;
     }
     sqlx::query("PRAGMA temp_store = memory").execute(&mut conn).await?;
     Ok(conn)
 }
 
 #[expect(clippy::cast_possible_wrap, reason = "seconds given by a person")]
-async fn look(conn: &mut SqliteConnection, options: Options) -> Result<(Vec<Checked>, Vec<Violation>), BoxError> {
+async fn look(
+    conn: &mut SqliteConnection,
+    options: Options,
+) -> Result<(Vec<Checked>, Vec<Violation>), BoxError> {
     let now = consign::Clock::system().now().as_millis();
     let late = (now - options.grace as i64 * 1000).to_string();
     let mut checked = Vec::new();
@@ -314,10 +329,18 @@ async fn look(conn: &mut SqliteConnection, options: Options) -> Result<(Vec<Chec
     Ok((checked, violations))
 }
 
-async fn select(conn: &mut SqliteConnection, check: &str, sql: String) -> Result<Vec<Violation>, sqlx::Error> {
+async fn select(
+    conn: &mut SqliteConnection,
+    check: &str,
+    sql: String,
+) -> Result<Vec<Violation>, sqlx::Error> {
     let rows = sqlx::query(AssertSqlSafe(sql)).fetch_all(conn).await?;
     let read = |r: &SqliteRow| {
-        Ok(Violation { check: check.to_owned(), subject: r.try_get("subject")?, detail: r.try_get("detail")? })
+        Ok(Violation {
+            check: check.to_owned(),
+            subject: r.try_get("subject")?,
+            detail: r.try_get("detail")?,
+        })
     };
     rows.iter().map(read).collect()
 }
@@ -327,7 +350,8 @@ const SHOWN: usize = 20;
 
 fn print(checked: &[Checked], violations: &[Violation], format: Format) -> Result<(), BoxError> {
     if format == Format::Json {
-        let report = serde_json::json!({"clean": violations.is_empty(), "checks": checked, "violations": violations});
+        let report =
+            serde_json::json!({"clean": violations.is_empty(), "checks": checked, "violations": violations});
         println!("{}", serde_json::to_string_pretty(&report)?);
         return Ok(());
     }

@@ -45,9 +45,12 @@ impl System {
         let payment_db = payment::open(&bench.file("payment.db"), clock.clone()).await.unwrap();
         let order_db = order::open(&bench.file("order.db"), clock).await.unwrap();
         let order = order::service(&order_config, order_db, bench.broker()).start().await.unwrap();
-        let inventory = inventory::service(&inventory_config, inventory_db, bench.broker()).start().await.unwrap();
-        let payment =
-            payment::service(&payment_config, payment_db, bench.broker(), gateway.clone()).start().await.unwrap();
+        let inventory =
+            inventory::service(&inventory_config, inventory_db, bench.broker()).start().await.unwrap();
+        let payment = payment::service(&payment_config, payment_db, bench.broker(), gateway.clone())
+            .start()
+            .await
+            .unwrap();
         let system = Self { bench, gateway, order, inventory, payment, http: reqwest::Client::new() };
         for (id, price, stock) in [("book", 1000, 100), ("lamp", 2500, 5)] {
             system.put(id, price).await;
@@ -104,7 +107,12 @@ impl System {
     /// The names on an order's timeline.
     pub async fn timeline(&self, id: &str) -> Vec<String> {
         let timeline = self.get(&self.order, &format!("/orders/{id}/events")).await;
-        timeline["events"].as_array().unwrap().iter().map(|e| e["event"].as_str().unwrap().to_owned()).collect()
+        timeline["events"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|e| e["event"].as_str().unwrap().to_owned())
+            .collect()
     }
 
     /// An order's payment, `null` if there is none.
@@ -174,7 +182,11 @@ pub fn program() -> PathBuf {
         assert!(path.pop(), "tests run from target/…/deps");
     }
     let program = path.with_file_name("consign");
-    assert!(program.exists(), "{} is not there; run `cargo build -p consign-cli`, or `cargo xtask test`", program.display());
+    assert!(
+        program.exists(),
+        "{} is not there; run `cargo build -p consign-cli`, or `cargo xtask test`",
+        program.display()
+    );
     program
 }
 
@@ -192,7 +204,8 @@ impl Process {
     /// Starts it and waits until orders can be placed.
     pub async fn start(dir: &std::path::Path, set: &[&str]) -> Self {
         let _ = std::fs::remove_file(dir.join("endpoints.json"));
-        let log = std::fs::OpenOptions::new().create(true).append(true).open(dir.with_extension("log")).unwrap();
+        let log =
+            std::fs::OpenOptions::new().create(true).append(true).open(dir.with_extension("log")).unwrap();
         let mut command = Command::new(program());
         command.arg("up").arg("--data-dir").arg(dir).kill_on_drop(true).stdout(Stdio::null()).stderr(log);
         for service in ["order", "inventory", "payment"] {
@@ -222,10 +235,14 @@ impl Process {
                     token,
                 };
                 // A probe that is refused for its price is the last to need everything in place.
-                let body = json!({"customer_id": "probe", "items": [{"product_id": "coffee", "quantity": 1}]});
+                let body =
+                    json!({"customer_id": "probe", "items": [{"product_id": "coffee", "quantity": 1}]});
                 let probe = || http.post(format!("{}/orders", p.order)).json(&body).send();
                 while !probe().await.is_ok_and(|r| r.status() == 202) {
-                    assert!(started.elapsed() < Duration::from_secs(30), "no order could be placed within 30 s");
+                    assert!(
+                        started.elapsed() < Duration::from_secs(30),
+                        "no order could be placed within 30 s"
+                    );
                     tokio::time::sleep(Duration::from_millis(20)).await;
                 }
                 return p;

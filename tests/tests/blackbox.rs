@@ -10,23 +10,22 @@ use sqlx::{ConnectOptions, Connection};
 
 async fn verify(dir: &std::path::Path, settle: &str) -> (i32, String) {
     let (code, out, err) =
-        consign(&["verify", "--data-dir", dir.to_str().unwrap(), "--settle", settle, "--format", "json"]).await;
+        consign(&["verify", "--data-dir", dir.to_str().unwrap(), "--settle", settle, "--format", "json"])
+            .await;
     (code, format!("{out}{err}"))
 }
 
 /// Places orders as fast as it goes until told to stop; the ids and keys of those accepted. An order whose answer was lost is placed again
 /// with its key by the next caller.
-async fn place_until(
-    base: &str,
-    stop: &tokio_util::sync::CancellationToken,
-    next: &mut u64,
-) -> Vec<String> {
+async fn place_until(base: &str, stop: &tokio_util::sync::CancellationToken, next: &mut u64) -> Vec<String> {
     let http = Client::builder().timeout(Duration::from_secs(5)).build().unwrap();
     let mut accepted = Vec::new();
     while !stop.is_cancelled() {
         let product = ["coffee", "grinder", "kettle", "scale", "filter"][usize::try_from(*next % 5).unwrap()];
-        let body = json!({"customer_id": "storm", "items": [{"product_id": product, "quantity": 1 + *next % 3}]});
-        let request = http.post(format!("{base}/orders")).header("Idempotency-Key", format!("k-{next}")).json(&body);
+        let body =
+            json!({"customer_id": "storm", "items": [{"product_id": product, "quantity": 1 + *next % 3}]});
+        let request =
+            http.post(format!("{base}/orders")).header("Idempotency-Key", format!("k-{next}")).json(&body);
         match request.send().await {
             Ok(r) if r.status() == StatusCode::ACCEPTED => {
                 if let Ok(order) = r.json::<Value>().await {
@@ -110,14 +109,34 @@ async fn verify_sees_what_was_corrupted() {
     assert_eq!(verify(&dir, "1").await.0, 0);
     let copies = [
         ("order.db", "UPDATE orders SET total = total + 1 WHERE id = (SELECT MIN(id) FROM orders)", "totals"),
-        ("order.db", "UPDATE orders SET status = 'pending', deadline = 0 WHERE id = (SELECT MIN(id) FROM orders)", "orders end"),
+        (
+            "order.db",
+            "UPDATE orders SET status = 'pending', deadline = 0 WHERE id = (SELECT MIN(id) FROM orders)",
+            "orders end",
+        ),
         ("gateway.db", "DELETE FROM charges WHERE key = (SELECT MIN(key) FROM charges)", "charged once"),
         ("gateway.db", "INSERT INTO charges VALUES ('twice', NULL, 5, 'EUR', 0)", "charged once"),
-        ("payment.db", "UPDATE payments SET status = 'failed' WHERE order_id = (SELECT MIN(order_id) FROM payments)", "payments fit orders"),
-        ("inventory.db", "UPDATE products SET received = received + 1, on_hand = on_hand + 1 WHERE id = 'coffee'", "stock"),
-        ("inventory.db", "UPDATE reservations SET status = 'reserved' WHERE order_id = (SELECT MIN(order_id) FROM reservations)", "reservations"),
+        (
+            "payment.db",
+            "UPDATE payments SET status = 'failed' WHERE order_id = (SELECT MIN(order_id) FROM payments)",
+            "payments fit orders",
+        ),
+        (
+            "inventory.db",
+            "UPDATE products SET received = received + 1, on_hand = on_hand + 1 WHERE id = 'coffee'",
+            "stock",
+        ),
+        (
+            "inventory.db",
+            "UPDATE reservations SET status = 'reserved' WHERE order_id = (SELECT MIN(order_id) FROM reservations)",
+            "reservations",
+        ),
         ("inventory.db", "DELETE FROM inbox WHERE event_id = (SELECT MIN(event_id) FROM inbox)", "inboxes"),
-        ("order.db", "DELETE FROM timeline WHERE order_id = (SELECT MIN(id) FROM orders) AND version = 1", "timeline"),
+        (
+            "order.db",
+            "DELETE FROM timeline WHERE order_id = (SELECT MIN(id) FROM orders) AND version = 1",
+            "timeline",
+        ),
         ("order.db", "INSERT INTO outbox_pending (seq) SELECT MIN(seq) FROM outbox", "outboxes"),
     ];
     for (i, (file, sql, check)) in copies.into_iter().enumerate() {
@@ -141,7 +160,13 @@ struct Api {
 }
 
 impl Api {
-    async fn send(&self, method: Method, url: &str, headers: &[(&str, &str)], body: &str) -> (u16, Value, reqwest::header::HeaderMap) {
+    async fn send(
+        &self,
+        method: Method,
+        url: &str,
+        headers: &[(&str, &str)],
+        body: &str,
+    ) -> (u16, Value, reqwest::header::HeaderMap) {
         let mut request = self.http.request(method, url).body(body.to_owned());
         for (name, value) in headers {
             request = request.header(*name, *value);
@@ -192,26 +217,45 @@ async fn bad_input_gets_the_right_answer() {
     }
 
     // 422, each field at fault named
-    let (status, problem) = api.order(&[], r#"{"customer_id":"","items":[{"product_id":"coffee","quantity":0},{"quantity":1}],"colour":1}"#).await;
+    let (status, problem) = api
+        .order(
+            &[],
+            r#"{"customer_id":"","items":[{"product_id":"coffee","quantity":0},{"quantity":1}],"colour":1}"#,
+        )
+        .await;
     assert_eq!(status, 422);
     assert_eq!(pointers(&problem).len(), 4, "{problem}");
     for pointer in ["/customer_id", "/items/0/quantity", "/items/1", "/colour"] {
         assert!(pointers(&problem).contains(&pointer), "{pointer} in {problem}");
     }
-    let (status, problem) = api.order(&[], r#"{"customer_id":"a b","items":[{"product_id":"x.y","quantity":1}]}"#).await;
+    let (status, problem) =
+        api.order(&[], r#"{"customer_id":"a b","items":[{"product_id":"x.y","quantity":1}]}"#).await;
     assert_eq!((status, pointers(&problem)), (422, vec!["/customer_id", "/items/0/product_id"]));
     let (status, problem) = api.order(&[], r#"{"customer_id":"ada","items":[{"product_id":"coffee","quantity":1},{"product_id":"nothing","quantity":1}]}"#).await;
     assert_eq!((status, pointers(&problem)), (422, vec!["/items/1"]));
     for quantity in ["10001", "-1", "1.5", "\"2\"", "99999999999999999999"] {
-        let body = format!(r#"{{"customer_id":"ada","items":[{{"product_id":"coffee","quantity":{quantity}}}]}}"#);
+        let body =
+            format!(r#"{{"customer_id":"ada","items":[{{"product_id":"coffee","quantity":{quantity}}}]}}"#);
         assert_eq!(api.order(&[], &body).await.0, 422, "{quantity}");
     }
     assert_eq!(api.order(&[], r#"{"customer_id":"ada","items":[]}"#).await.0, 422);
-    assert_eq!(api.order(&[], r#"{"customer_id":"ada","items":[{"product_id":"coffee","quantity":1}],"lane":"fast"}"#).await.0, 422);
+    assert_eq!(
+        api.order(
+            &[],
+            r#"{"customer_id":"ada","items":[{"product_id":"coffee","quantity":1}],"lane":"fast"}"#
+        )
+        .await
+        .0,
+        422
+    );
 
     // 404, 405
     for path in ["/orders/nonsense", "/orders/018f0e3c-0000-7000-8000-000000000000", "/nowhere"] {
-        assert_eq!(api.send(Method::GET, &format!("{}{path}", api.process.order), &[], "").await.0, 404, "{path}");
+        assert_eq!(
+            api.send(Method::GET, &format!("{}{path}", api.process.order), &[], "").await.0,
+            404,
+            "{path}"
+        );
     }
     let (status, _, headers) = api.send(Method::DELETE, &order, &[], "").await;
     assert_eq!(status, 405);
@@ -248,13 +292,20 @@ async fn bad_input_gets_the_right_answer() {
     ];
     for (method, url, body) in guarded {
         for auth in ["Bearer wrong", "Basic abc", ""] {
-            let (status, _, headers) =
-                api.send(method.clone(), &url, &[json_type, ("authorization", auth), ("idempotency-key", "g")], body).await;
+            let (status, _, headers) = api
+                .send(
+                    method.clone(),
+                    &url,
+                    &[json_type, ("authorization", auth), ("idempotency-key", "g")],
+                    body,
+                )
+                .await;
             assert_eq!(status, 401, "{url} with {auth:?}");
             assert_eq!(headers["www-authenticate"], "Bearer");
         }
-        let (status, ..) =
-            api.send(method, &url, &[json_type, ("authorization", &bearer), ("idempotency-key", "g")], body).await;
+        let (status, ..) = api
+            .send(method, &url, &[json_type, ("authorization", &bearer), ("idempotency-key", "g")], body)
+            .await;
         assert!((200..300).contains(&status), "{url} with the token: {status}");
     }
 
@@ -263,14 +314,25 @@ async fn bad_input_gets_the_right_answer() {
     let bad = r#"{"name":"","price":-1,"currency":"euro"}"#;
     let (status, problem, _) = api.send(Method::PUT, &format!("{inventory}/products/tea"), &admin, bad).await;
     assert_eq!((status, pointers(&problem).len()), (422, 3), "{problem}");
-    let (status, problem, _) =
-        api.send(Method::PUT, &format!("{inventory}/products/te.a"), &admin, r#"{"name":"x","price":1,"currency":"eur"}"#).await;
+    let (status, problem, _) = api
+        .send(
+            Method::PUT,
+            &format!("{inventory}/products/te.a"),
+            &admin,
+            r#"{"name":"x","price":1,"currency":"eur"}"#,
+        )
+        .await;
     assert_eq!((status, pointers(&problem).len()), (422, 2), "{problem}");
     let url = format!("{inventory}/products/tea/stock");
     assert_eq!(api.send(Method::POST, &url, &admin, stock).await.0, 400, "without an Idempotency-Key");
-    let with_key = |key: &'static str| [json_type, ("authorization", bearer.as_str()), ("idempotency-key", key)];
+    let with_key =
+        |key: &'static str| [json_type, ("authorization", bearer.as_str()), ("idempotency-key", key)];
     assert_eq!(api.send(Method::POST, &url, &with_key("m0"), r#"{"delta":0,"reason":"x"}"#).await.0, 422);
-    assert_eq!(api.send(Method::POST, &url, &with_key("m1"), r#"{"delta":-1,"reason":"x"}"#).await.0, 409, "below what is there");
+    assert_eq!(
+        api.send(Method::POST, &url, &with_key("m1"), r#"{"delta":-1,"reason":"x"}"#).await.0,
+        409,
+        "below what is there"
+    );
     let (status, p, _) = api.send(Method::POST, &url, &with_key("m2"), stock).await;
     assert_eq!((status, &p["on_hand"]), (200, &json!(5)));
     let (status, p, _) = api.send(Method::POST, &url, &with_key("m2"), stock).await;
@@ -297,11 +359,19 @@ async fn bad_input_gets_the_right_answer() {
     assert!(problem["errors"][0]["detail"].as_str().unwrap().contains("total"), "{problem}");
 
     // Every service describes itself, and the description names its routes.
-    for (base, path) in [(&api.process.order, "/orders"), (inventory, "/products/{id}/stock"), (payment, "/payments")] {
+    for (base, path) in
+        [(&api.process.order, "/orders"), (inventory, "/products/{id}/stock"), (payment, "/payments")]
+    {
         let (status, api_doc, _) = api.send(Method::GET, &format!("{base}/openapi.json"), &[], "").await;
         assert_eq!((status, api_doc["openapi"].as_str().unwrap().starts_with("3.1")), (200, true));
         assert!(api_doc["paths"][path].is_object(), "{path}");
-        for (path, part) in [("/docs", "<html"), ("/livez", "ok"), ("/readyz", "ok"), ("/health", ""), ("/metrics", "consign_outbox_pending")] {
+        for (path, part) in [
+            ("/docs", "<html"),
+            ("/livez", "ok"),
+            ("/readyz", "ok"),
+            ("/health", ""),
+            ("/metrics", "consign_outbox_pending"),
+        ] {
             let (status, body, _) = api.send(Method::GET, &format!("{base}{path}"), &[], "").await;
             assert_eq!(status, 200, "{base}{path}");
             let text = body.as_str().map_or_else(|| body.to_string(), str::to_owned);
@@ -338,9 +408,27 @@ async fn too_much_at_a_time_is_turned_away() {
 async fn the_command_says_what_is_wrong_and_how_to_mend_it() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().to_str().unwrap();
-    let (code, _, err) = consign(&["config", "check", "--data-dir", path, "--set", "order.http.listen=0.0.0.0:8080", "--set", "payment.consumer.handler_timeout=1m", "--set", "inventory.tasks.lease=1s"]).await;
+    let (code, _, err) = consign(&[
+        "config",
+        "check",
+        "--data-dir",
+        path,
+        "--set",
+        "order.http.listen=0.0.0.0:8080",
+        "--set",
+        "payment.consumer.handler_timeout=1m",
+        "--set",
+        "inventory.tasks.lease=1s",
+    ])
+    .await;
     assert_eq!(code, 2);
-    for part in ["3 fault(s)", "order.http.listen", "admin_token", "payment.consumer.handler_timeout", "inventory.tasks.timeout"] {
+    for part in [
+        "3 fault(s)",
+        "order.http.listen",
+        "admin_token",
+        "payment.consumer.handler_timeout",
+        "inventory.tasks.timeout",
+    ] {
         assert!(err.contains(part), "{part} in {err}");
     }
     let (code, _, err) = consign(&["config", "check", "--set", "order.colour=red"]).await;
@@ -363,9 +451,11 @@ async fn the_command_says_what_is_wrong_and_how_to_mend_it() {
     let data = data.to_str().unwrap();
     let (code, _, err) = consign(&["up", "--data-dir", data]).await;
     assert_eq!((code, err.contains("in use by another process")), (2, true), "{err}");
-    let (code, out, err) = consign(&["orders", "place", "coffee:2", "filter", "--watch", "--data-dir", data]).await;
+    let (code, out, err) =
+        consign(&["orders", "place", "coffee:2", "filter", "--watch", "--data-dir", data]).await;
     assert_eq!((code, out.contains("orders.confirmed")), (0, true), "{out}{err}");
-    let (code, out, _) = consign(&["orders", "list", "--customer", "cli", "--format", "json", "--data-dir", data]).await;
+    let (code, out, _) =
+        consign(&["orders", "list", "--customer", "cli", "--format", "json", "--data-dir", data]).await;
     let page: Value = serde_json::from_str(&out).unwrap();
     let id = page["orders"][0]["id"].as_str().unwrap();
     assert_eq!((code, page["orders"].as_array().unwrap().len()), (0, 1));
@@ -376,8 +466,25 @@ async fn the_command_says_what_is_wrong_and_how_to_mend_it() {
     let (code, out, _) = consign(&["dead-letters", "list", "--data-dir", data, "--format", "json"]).await;
     assert_eq!((code, out.trim()), (0, "[]"));
     assert_eq!(consign(&["dead-letters", "redrive", "--all", "--data-dir", data]).await.0, 1);
-    let (code, out, err) = consign(&["load", "--orders", "200", "--concurrency", "16", "--rate", "400", "--format", "json", "--data-dir", data]).await;
+    let (code, out, err) = consign(&[
+        "load",
+        "--orders",
+        "200",
+        "--concurrency",
+        "16",
+        "--rate",
+        "400",
+        "--format",
+        "json",
+        "--data-dir",
+        data,
+    ])
+    .await;
     let report: Value = serde_json::from_str(&out).unwrap_or_else(|e| panic!("{e}: {out}{err}"));
-    assert_eq!((code, &report["completed"], &report["outcomes"]["confirmed"]), (0, &json!(200), &json!(200)), "{report}");
+    assert_eq!(
+        (code, &report["completed"], &report["outcomes"]["confirmed"]),
+        (0, &json!(200), &json!(200)),
+        "{report}"
+    );
     process.terminate().await;
 }

@@ -15,10 +15,15 @@ fn schemas_are_what_the_types_say() {
         let file = dir.join(format!("{name}.json"));
         let text = serde_json::to_string_pretty(&schema).unwrap() + "\n";
         let found = fs::read_to_string(&file).unwrap_or_default();
-        assert!(found == text, "{} is not what the type says; run `cargo xtask schemas`, and see whether readers can bear the change", file.display());
+        assert!(
+            found == text,
+            "{} is not what the type says; run `cargo xtask schemas`, and see whether readers can bear the change",
+            file.display()
+        );
         expected.push(file);
     }
-    let stray: Vec<_> = fs::read_dir(dir).unwrap().map(|f| f.unwrap().path()).filter(|f| !expected.contains(f)).collect();
+    let stray: Vec<_> =
+        fs::read_dir(dir).unwrap().map(|f| f.unwrap().path()).filter(|f| !expected.contains(f)).collect();
     assert!(stray.is_empty(), "no event has these schemas: {stray:?}");
 }
 

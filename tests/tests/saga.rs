@@ -89,9 +89,14 @@ async fn an_order_unpaid_past_its_deadline_expires() {
     assert_eq!(system.stock_of("lamp").await, (5, 0));
     // The gateway comes back: whatever it did before, nothing is kept.
     system.gateway.set(CALM);
-    let ended = async || matches!(system.payment_of(&id).await["status"].as_str(), Some("failed" | "refunded"));
+    let ended =
+        async || matches!(system.payment_of(&id).await["status"].as_str(), Some("failed" | "refunded"));
     let minutes = Duration::from_secs(600);
-    system.bench.time.until_within(minutes, Duration::from_secs(1), "payment failed or refunded", ended).await;
+    system
+        .bench
+        .time
+        .until_within(minutes, Duration::from_secs(1), "payment failed or refunded", ended)
+        .await;
     for db in system.dbs() {
         let dead = dead_letter::list(db, &Filter::default(), Some(Status::Open), None, 10).await.unwrap();
         assert!(dead.is_empty(), "an outage of the gateway makes no dead letters: {dead:?}");
@@ -123,14 +128,18 @@ async fn an_order_cancelled_while_it_is_charged_is_refunded() {
     system.bench.time.until("the charge under way", pending).await;
     assert_eq!(system.cancel(&id).await, 200);
     assert_eq!(system.order(&id).await["status"], "cancelled");
-    let ended = async || matches!(system.payment_of(&id).await["status"].as_str(), Some("refunded" | "failed"));
+    let ended =
+        async || matches!(system.payment_of(&id).await["status"].as_str(), Some("refunded" | "failed"));
     let minute = Duration::from_secs(90);
     system.bench.time.until_within(minute, Duration::from_secs(1), "refunded", ended).await;
     system.settled().await;
     assert_eq!(system.order(&id).await["status"], "cancelled");
     assert_eq!(system.stock_of("lamp").await, (5, 0));
     let timeline = system.timeline(&id).await;
-    assert!(timeline.contains(&"payments.refunded".to_owned()) || timeline.contains(&"orders.cancelled".to_owned()));
+    assert!(
+        timeline.contains(&"payments.refunded".to_owned())
+            || timeline.contains(&"orders.cancelled".to_owned())
+    );
     assert_eq!(system.cancel(&id).await, 200, "cancelling twice is the same as once");
 }
 
@@ -145,14 +154,24 @@ async fn a_confirmed_order_cannot_be_cancelled() {
 #[tokio::test(start_paused = true)]
 async fn an_event_for_an_unknown_order_is_retried_and_then_kept() {
     let system = System::start().await;
-    let event =
-        PaymentSucceeded { payment_id: Uuid::now_v7(), order_id: Uuid::now_v7(), amount: 1, currency: "EUR".into() };
+    let event = PaymentSucceeded {
+        payment_id: Uuid::now_v7(),
+        order_id: Uuid::now_v7(),
+        amount: 1,
+        currency: "EUR".into(),
+    };
     publish(&system, &event, "/services/payment").await;
     let dead = async || {
-        let open = dead_letter::list(system.order.db(), &Filter::default(), Some(Status::Open), None, 10).await.unwrap();
+        let open = dead_letter::list(system.order.db(), &Filter::default(), Some(Status::Open), None, 10)
+            .await
+            .unwrap();
         open.first().is_some_and(|l| l.reason == "retries_exhausted" && l.attempts == 5)
     };
-    system.bench.time.until_within(Duration::from_secs(600), Duration::from_secs(1), "a dead letter", dead).await;
+    system
+        .bench
+        .time
+        .until_within(Duration::from_secs(600), Duration::from_secs(1), "a dead letter", dead)
+        .await;
 }
 
 #[tokio::test(start_paused = true)]
@@ -184,7 +203,8 @@ async fn nothing_is_oversold_when_many_want_the_last_ones() {
     }
     let mut confirmed = 0;
     for id in &ids {
-        let ended = async || matches!(system.order(id).await["status"].as_str(), Some("confirmed" | "cancelled"));
+        let ended =
+            async || matches!(system.order(id).await["status"].as_str(), Some("confirmed" | "cancelled"));
         system.bench.time.until("every order ended", ended).await;
         confirmed += i32::from(system.order(id).await["status"] == "confirmed");
     }

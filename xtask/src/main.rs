@@ -45,11 +45,13 @@ fn main() -> ExitCode {
     let done = match Cli::parse().task {
         Task::Test { install: _ } => test(&root),
         Task::Bench { orders, stored } => bench(&root, orders, stored),
-        Task::Schemas => {
-            cargo(&root, &["run", "--quiet", "--package", "consign-contracts", "--example", "schemas", "schemas"])
-        }
-        Task::Tidy => cargo(&root, &["fmt", "--all"])
-            .and_then(|()| cargo(&root, &["clippy", "--workspace", "--all-targets", "--", "--deny", "warnings"])),
+        Task::Schemas => cargo(
+            &root,
+            &["run", "--quiet", "--package", "consign-contracts", "--example", "schemas", "schemas"],
+        ),
+        Task::Tidy => cargo(&root, &["fmt", "--all"]).and_then(|()| {
+            cargo(&root, &["clippy", "--workspace", "--all-targets", "--", "--deny", "warnings"])
+        }),
     };
     match done {
         Ok(()) => {
@@ -95,7 +97,9 @@ fn bench(root: &Path, orders: u64, stored: u64) -> Result<(), String> {
     let load = |title: &str, orders: u64, extra: &[&str]| {
         println!("\n{title}");
         let count = orders.to_string();
-        run(Command::new(&program).args(["load", "--data-dir", &dir, "--orders", &count, "--wait", "600"]).args(extra))
+        run(Command::new(&program)
+            .args(["load", "--data-dir", &dir, "--orders", &count, "--wait", "600"])
+            .args(extra))
     };
     let measured = (|| {
         wait_until_up(&program, &dir)?;

@@ -37,7 +37,10 @@ fn expand(input: &DeriveInput) -> syn::Result<proc_macro2::TokenStream> {
     let ty = ty.ok_or_else(|| missing("a type"))?;
     let version = version.ok_or_else(|| missing("a version"))?;
     if !is_event_type(&ty.value()) {
-        return Err(syn::Error::new(ty.span(), "an event's type is `<domain>.<event>`: two words of a-z, 0-9 and _"));
+        return Err(syn::Error::new(
+            ty.span(),
+            "an event's type is `<domain>.<event>`: two words of a-z, 0-9 and _",
+        ));
     }
     if version.base10_parse::<u32>()? == 0 {
         return Err(syn::Error::new(version.span(), "versions count from 1"));
@@ -53,6 +56,8 @@ fn expand(input: &DeriveInput) -> syn::Result<proc_macro2::TokenStream> {
 }
 
 fn is_event_type(ty: &str) -> bool {
-    let word = |w: &str| !w.is_empty() && w.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_');
+    let word = |w: &str| {
+        !w.is_empty() && w.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_')
+    };
     ty.split('.').count() == 2 && ty.split('.').all(word)
 }

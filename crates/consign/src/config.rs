@@ -73,11 +73,17 @@ impl ServiceConfig {
         need(c.retry.limit >= 1, "consumer.retry.limit must be at least 1".into());
         need(
             c.retry.base >= Duration::from_millis(10),
-            format!("consumer.retry.base = {:?} must be at least 10ms: instant retries burn the limit", c.retry.base),
+            format!(
+                "consumer.retry.base = {:?} must be at least 10ms: instant retries burn the limit",
+                c.retry.base
+            ),
         );
         need(
             c.retry.base <= c.retry.cap,
-            format!("consumer.retry.base = {:?} must not be above consumer.retry.cap = {:?}", c.retry.base, c.retry.cap),
+            format!(
+                "consumer.retry.base = {:?} must not be above consumer.retry.cap = {:?}",
+                c.retry.base, c.retry.cap
+            ),
         );
         let horizon = stream_age + self.outbox.history;
         need(
@@ -90,7 +96,10 @@ impl ServiceConfig {
         need(t.concurrency >= 1, "tasks.concurrency must be at least 1".into());
         need(
             t.timeout < t.lease,
-            format!("tasks.timeout = {:?} must be below tasks.lease = {:?}, or two workers run one task", t.timeout, t.lease),
+            format!(
+                "tasks.timeout = {:?} must be below tasks.lease = {:?}, or two workers run one task",
+                t.timeout, t.lease
+            ),
         );
         need(
             t.retry.base >= Duration::from_millis(10) && t.retry.base <= t.retry.cap,
@@ -194,7 +203,11 @@ impl Layers {
         let as_text = || Value::String(text.to_owned());
         let value = match leaf {
             Some(Value::String(_)) => as_text(),
-            _ => format!("v = {text}").parse::<Table>().ok().and_then(|mut t| t.remove("v")).unwrap_or_else(as_text),
+            _ => format!("v = {text}")
+                .parse::<Table>()
+                .ok()
+                .and_then(|mut t| t.remove("v"))
+                .unwrap_or_else(as_text),
         };
         let mut table = Table::new();
         let mut parts = path.iter().rev();
@@ -263,7 +276,11 @@ mod tests {
     #[test]
     fn later_layers_win() {
         let built: Whole = Layers::defaults(&Whole::default())
-            .environment("T_", &["SKIPPED"], env(&[("T_ORDER__CONSUMER__BATCH", "7"), ("T_NAME", "12"), ("T_SKIPPED", "x")]))
+            .environment(
+                "T_",
+                &["SKIPPED"],
+                env(&[("T_ORDER__CONSUMER__BATCH", "7"), ("T_NAME", "12"), ("T_SKIPPED", "x")]),
+            )
             .flag("order.http.listen", "127.0.0.1:81")
             .build(|_| Vec::new())
             .unwrap();
@@ -275,7 +292,15 @@ mod tests {
     #[test]
     fn every_fault_is_named() {
         let e = Layers::defaults(&Whole::default())
-            .environment("T_", &[], env(&[("T_ORDER__CONSUMER__BATCH", "many"), ("T_PAYMENT__HTTP__LISTEN", "nowhere"), ("T_COLOUR", "red")]))
+            .environment(
+                "T_",
+                &[],
+                env(&[
+                    ("T_ORDER__CONSUMER__BATCH", "many"),
+                    ("T_PAYMENT__HTTP__LISTEN", "nowhere"),
+                    ("T_COLOUR", "red"),
+                ]),
+            )
             .build::<Whole>(|_| Vec::new())
             .unwrap_err()
             .to_string();

@@ -272,7 +272,8 @@ impl Worker {
         let alive = async {
             loop {
                 tokio::time::sleep(period).await;
-                self.settle(deliveries.iter().map(|d| (d.reply.clone(), Settlement::Progress)).collect()).await;
+                self.settle(deliveries.iter().map(|d| (d.reply.clone(), Settlement::Progress)).collect())
+                    .await;
             }
         };
         tokio::select! {
@@ -310,7 +311,8 @@ impl Worker {
             match self.transact(&group).await {
                 Ok(()) => {
                     backoff.reset();
-                    self.settle(group.iter().map(|e| (e.delivery.reply.clone(), Settlement::Ack)).collect()).await;
+                    self.settle(group.iter().map(|e| (e.delivery.reply.clone(), Settlement::Ack)).collect())
+                        .await;
                 }
                 Err(failure) if failure.fate == Fate::Pause => {
                     let delay = backoff.next();
@@ -330,7 +332,9 @@ impl Worker {
                     self.settle(fate.into_iter().collect()).await;
                 }
                 Err(failure) => {
-                    let at = failure.culprit.and_then(|id| group.iter().position(|e| e.incoming.envelope.id == id));
+                    let at = failure
+                        .culprit
+                        .and_then(|id| group.iter().position(|e| e.incoming.envelope.id == id));
                     if let Some(at) = at {
                         let culprit = group.remove(at);
                         stack.push(vec![culprit]);
@@ -354,7 +358,8 @@ impl Worker {
             return Err(reject(Reason::Unaccepted, format!("{} is not accepted here", envelope.name())));
         };
         if delivered > DELIVERIES_WITHOUT_OUTCOME {
-            let error = format!("delivered {delivered} times without an outcome: does the process die of it?");
+            let error =
+                format!("delivered {delivered} times without an outcome: does the process die of it?");
             return Err(reject(Reason::Exhausted, error));
         }
         let horizon = self.consumer.options.inbox_retention;
@@ -373,7 +378,8 @@ impl Worker {
     async fn transact(&self, group: &[Entry<'_>]) -> Result<(), Failure> {
         let mut tx = self.db.begin().await?;
         let ids = group.iter().map(|e| e.incoming.envelope.id).collect();
-        let fresh: HashSet<EventId> = inbox::claim(&mut tx, &self.consumer.name, ids).await?.into_iter().collect();
+        let fresh: HashSet<EventId> =
+            inbox::claim(&mut tx, &self.consumer.name, ids).await?.into_iter().collect();
         let fresh: Vec<&Entry<'_>> = {
             // The same event may stand in a batch twice.
             let mut once = fresh.clone();
@@ -387,16 +393,21 @@ impl Worker {
         if fresh.iter().any(|e| e.delivery.delivered > 1) {
             let ids: Vec<EventId> = fresh.iter().map(|e| e.incoming.envelope.id).collect();
             tx.count_statement();
-            sqlx::query("DELETE FROM failures WHERE consumer = ? AND event_id IN (SELECT value FROM json_each(?))")
-                .bind(&*self.consumer.name)
-                .bind(to_json(&ids)?)
-                .execute(tx.sqlite())
-                .await?;
+            sqlx::query(
+                "DELETE FROM failures WHERE consumer = ? AND event_id IN (SELECT value FROM json_each(?))",
+            )
+            .bind(&*self.consumer.name)
+            .bind(to_json(&ids)?)
+            .execute(tx.sqlite())
+            .await?;
         }
         let slot = Slot::new(tx);
         let mut by_route: BTreeMap<(&str, u32), Vec<&Entry<'_>>> = BTreeMap::new();
         for e in &fresh {
-            by_route.entry((&e.incoming.envelope.event_type, e.incoming.envelope.version)).or_default().push(e);
+            by_route
+                .entry((&e.incoming.envelope.event_type, e.incoming.envelope.version))
+                .or_default()
+                .push(e);
         }
         for entries in by_route.into_values() {
             let route = entries[0].route;
@@ -522,10 +533,15 @@ impl Worker {
         if dead_letter::bury(tx, &burial).await? {
             self.count("dead_lettered", 1);
             tracing::error!(
-                consumer = &*self.consumer.name, stream = &*delivery.stream, sequence = delivery.message.sequence,
-                event = envelope.map(Envelope::name), event_id = envelope.map(|e| e.id.to_string()),
+                consumer = &*self.consumer.name,
+                stream = &*delivery.stream,
+                sequence = delivery.message.sequence,
+                event = envelope.map(Envelope::name),
+                event_id = envelope.map(|e| e.id.to_string()),
                 correlation_id = envelope.map(|e| e.cause.correlation_id.to_string()),
-                reason = reason.as_str(), error, "an event became a dead letter"
+                reason = reason.as_str(),
+                error,
+                "an event became a dead letter"
             );
         }
         Ok(())
@@ -539,7 +555,11 @@ impl Worker {
                 Ok(queued) if queued.is_empty() => return,
                 Ok(queued) => queued,
                 Err(error) => {
-                    tracing::warn!(consumer = name, error = telemetry::chain(&error), "dead letters cannot be read");
+                    tracing::warn!(
+                        consumer = name,
+                        error = telemetry::chain(&error),
+                        "dead letters cannot be read"
+                    );
                     return;
                 }
             };
@@ -558,10 +578,20 @@ impl Worker {
                         tracing::info!(consumer = name, dead_letter = id, "a dead letter was redriven");
                     }
                     (Err(e), Ok(())) => {
-                        tracing::warn!(consumer = name, dead_letter = id, error = telemetry::chain(e.as_ref()), "a redriven dead letter failed again");
+                        tracing::warn!(
+                            consumer = name,
+                            dead_letter = id,
+                            error = telemetry::chain(e.as_ref()),
+                            "a redriven dead letter failed again"
+                        );
                     }
                     (_, Err(db)) => {
-                        tracing::warn!(consumer = name, dead_letter = id, error = telemetry::chain(&db), "a redrive could not be recorded");
+                        tracing::warn!(
+                            consumer = name,
+                            dead_letter = id,
+                            error = telemetry::chain(&db),
+                            "a redrive could not be recorded"
+                        );
                         return;
                     }
                 }

@@ -9,11 +9,11 @@ use sqlx::sqlite::SqliteRow;
 use sqlx::{AssertSqlSafe, Row};
 use uuid::Uuid;
 
+use crate::Timestamp;
 use crate::broker::{Message, StoredMessage};
 use crate::db::{Db, DbError, Tx};
 use crate::event::Envelope;
 use crate::outbox::{Recorded, to_json};
-use crate::Timestamp;
 
 /// Redrives of one dead letter before it must be forced.
 pub const REDRIVE_LIMIT: u32 = 5;
@@ -285,15 +285,17 @@ pub async fn list(
 
 /// One dead letter with payload, headers and history.
 pub async fn get(db: &Db, id: &str) -> Result<Option<DeadLetter>, DbError> {
-    let row = sqlx::query("SELECT * FROM dead_letters WHERE id = ?").bind(id).fetch_optional(db.readers()).await?;
+    let row =
+        sqlx::query("SELECT * FROM dead_letters WHERE id = ?").bind(id).fetch_optional(db.readers()).await?;
     let Some(row) = row else { return Ok(None) };
     let mut letter = read(&row)?;
     letter.headers = Some(read_headers(&row)?);
     letter.payload = Some(payload_as_value(row.try_get("payload")?));
-    let entries = sqlx::query("SELECT action, detail, at FROM dead_letter_audit WHERE dead_letter_id = ? ORDER BY id")
-        .bind(id)
-        .fetch_all(db.readers())
-        .await?;
+    let entries =
+        sqlx::query("SELECT action, detail, at FROM dead_letter_audit WHERE dead_letter_id = ? ORDER BY id")
+            .bind(id)
+            .fetch_all(db.readers())
+            .await?;
     let entry = |r: &SqliteRow| {
         Ok::<_, sqlx::Error>(AuditEntry {
             action: r.try_get("action")?,
@@ -380,11 +382,12 @@ async fn change(
 
 /// Queued dead letters of a consumer, oldest first, a page of them.
 pub(crate) async fn queued(db: &Db, consumer: &str) -> Result<Vec<(String, StoredMessage)>, DbError> {
-    let rows =
-        sqlx::query("SELECT * FROM dead_letters WHERE status = 'queued' AND consumer = ? ORDER BY id LIMIT 100")
-            .bind(consumer)
-            .fetch_all(db.readers())
-            .await?;
+    let rows = sqlx::query(
+        "SELECT * FROM dead_letters WHERE status = 'queued' AND consumer = ? ORDER BY id LIMIT 100",
+    )
+    .bind(consumer)
+    .fetch_all(db.readers())
+    .await?;
     let stored = |row: &SqliteRow| {
         let message = Message {
             subject: row.try_get("subject")?,
@@ -402,11 +405,13 @@ pub(crate) async fn queued(db: &Db, consumer: &str) -> Result<Vec<(String, Store
 /// Marks a queued dead letter redriven, in the transaction that runs it; `false` if somebody else has.
 pub(crate) async fn take(tx: &mut Tx, id: &str) -> Result<bool, DbError> {
     let now = tx.now().as_millis();
-    let done = sqlx::query("UPDATE dead_letters SET status = 'redriven', updated_at = ? WHERE id = ? AND status = 'queued'")
-        .bind(now)
-        .bind(id)
-        .execute(tx.sqlite())
-        .await?;
+    let done = sqlx::query(
+        "UPDATE dead_letters SET status = 'redriven', updated_at = ? WHERE id = ? AND status = 'queued'",
+    )
+    .bind(now)
+    .bind(id)
+    .execute(tx.sqlite())
+    .await?;
     if done.rows_affected() == 0 {
         return Ok(false);
     }
@@ -433,7 +438,8 @@ pub(crate) async fn redrive_failed(db: &Db, id: &str, error: &str) -> Result<(),
 
 /// How many wait for a decision.
 pub(crate) async fn open_count(db: &Db) -> Result<u64, sqlx::Error> {
-    let n: i64 =
-        sqlx::query_scalar("SELECT COUNT(*) FROM dead_letters WHERE status = 'open'").fetch_one(db.readers()).await?;
+    let n: i64 = sqlx::query_scalar("SELECT COUNT(*) FROM dead_letters WHERE status = 'open'")
+        .fetch_one(db.readers())
+        .await?;
     Ok(u64::try_from(n).unwrap_or(0))
 }

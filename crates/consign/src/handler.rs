@@ -198,7 +198,11 @@ fn first(call: &Call) -> Result<&Incoming, Failure> {
 }
 
 fn typed<E: Event>(incoming: &Incoming) -> Result<E, Failure> {
-    incoming.event.downcast_ref::<E>().cloned().ok_or_else(|| Failure::retry("routed to a handler of another event"))
+    incoming
+        .event
+        .downcast_ref::<E>()
+        .cloned()
+        .ok_or_else(|| Failure::retry("routed to a handler of another event"))
 }
 
 /// An async function that handles an event. Implemented for functions of [`Received`] or [`Batch`] and up to five extractors.

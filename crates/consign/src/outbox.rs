@@ -298,7 +298,8 @@ async fn publish(db: &Db, broker: &dyn Broker, rows: Vec<(i64, Message)>) -> Res
 }
 
 async fn mark(db: &Db, published: &[(i64, PubAck)], now: Timestamp) -> Result<(), RelayError> {
-    let rows: Vec<(i64, &str, u64)> = published.iter().map(|(seq, a)| (*seq, &*a.stream, a.sequence)).collect();
+    let rows: Vec<(i64, &str, u64)> =
+        published.iter().map(|(seq, a)| (*seq, &*a.stream, a.sequence)).collect();
     let rows = to_json(&rows)?;
     let mut tx = db.begin().await?;
     tx.count_statement();

@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use tokio::signal::unix::{SignalKind, signal};
 
+use crate::Clock;
 use crate::broker::Broker;
 use crate::broker::embedded::EmbeddedBroker;
 use crate::config::Layers;
@@ -21,7 +22,6 @@ use crate::handler::BoxError;
 use crate::http::HttpConfig;
 use crate::service::Running;
 use crate::telemetry::{self, LogConfig};
-use crate::Clock;
 
 /// From the signal to the end, at most.
 pub const DRAIN: Duration = Duration::from_secs(8);
@@ -134,7 +134,12 @@ pub struct Setup {
 
 /// The `main` of a service's own program: configuration from `CONSIGN_CONFIG` (TOML) and `CONSIGN_…` variables, an embedded broker of its
 /// own, SQLite in the data directory; runs until asked to stop.
-pub async fn main<C, F>(name: &str, http: fn(&mut C) -> &mut HttpConfig, check: fn(&C) -> Vec<String>, start: F) -> ExitCode
+pub async fn main<C, F>(
+    name: &str,
+    http: fn(&mut C) -> &mut HttpConfig,
+    check: fn(&C) -> Vec<String>,
+    start: F,
+) -> ExitCode
 where
     C: Serialize + DeserializeOwned + Default,
     F: AsyncFnOnce(C, Setup) -> Result<Running, BoxError>,
@@ -162,8 +167,9 @@ where
     if let Some(path) = std::env::var_os("CONSIGN_CONFIG") {
         layers = layers.file(Path::new(&path))?;
     }
-    let mut config: ProgramConfig<C> =
-        layers.environment("CONSIGN_", &["CONFIG"], std::env::vars()).build(|c: &ProgramConfig<C>| check(&c.service))?;
+    let mut config: ProgramConfig<C> = layers
+        .environment("CONSIGN_", &["CONFIG"], std::env::vars())
+        .build(|c: &ProgramConfig<C>| check(&c.service))?;
     telemetry::init_logs(&config.log)?;
     telemetry::metrics();
     let data_dir = DataDir::claim(&config.data_dir)?;
@@ -171,8 +177,12 @@ where
     http(&mut config.service).admin_token.get_or_insert(token);
     let clock = Clock::system();
     let broker = Arc::new(EmbeddedBroker::open(&data_dir.file("broker.db"), clock.clone()).await?);
-    tracing::warn!(service = name, "on an embedded broker of its own: no other process hears its events; `consign up` runs all services on one");
-    let setup = Setup { data_dir: config.data_dir.clone(), clock, broker: Arc::clone(&broker) as Arc<dyn Broker> };
+    tracing::warn!(
+        service = name,
+        "on an embedded broker of its own: no other process hears its events; `consign up` runs all services on one"
+    );
+    let setup =
+        Setup { data_dir: config.data_dir.clone(), clock, broker: Arc::clone(&broker) as Arc<dyn Broker> };
     let running = start(config.service, setup).await?;
     println!("{name} listens on http://{}", running.address());
     stop_signal().await;

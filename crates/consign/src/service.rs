@@ -49,7 +49,9 @@ pub enum StartError {
         source: BrokerError,
     },
     /// The address cannot be listened on.
-    #[error("{service} cannot listen on {address}; is something else running there? Set {service}.http.listen")]
+    #[error(
+        "{service} cannot listen on {address}; is something else running there? Set {service}.http.listen"
+    )]
     Listen {
         /// The service.
         service: String,
@@ -328,7 +330,11 @@ impl Running {
             self.relay.wait().await;
         };
         if tokio::time::timeout(limit, drain).await.is_err() {
-            tracing::warn!(service = self.name, ?limit, "stopped before everything was drained; it goes on at the next start");
+            tracing::warn!(
+                service = self.name,
+                ?limit,
+                "stopped before everything was drained; it goes on at the next start"
+            );
         }
         self.stops.relay.cancel();
         self.stops.work.cancel();
@@ -360,7 +366,11 @@ impl Vitals {
             return Some("stopping".into());
         }
         if self.db.outbox_depth() >= self.outbox_cap {
-            return Some(format!("the outbox holds {} events; its cap is {}", self.db.outbox_depth(), self.outbox_cap));
+            return Some(format!(
+                "the outbox holds {} events; its cap is {}",
+                self.db.outbox_depth(),
+                self.outbox_cap
+            ));
         }
         match tokio::time::timeout(Duration::from_secs(2), self.db.ping()).await {
             Ok(Ok(())) => None,
@@ -376,7 +386,8 @@ impl Vitals {
         let oldest = outbox::oldest_pending(&self.db).await.ok().flatten();
         let mut consumers = Vec::new();
         for (stream, name) in &self.consumers {
-            let info = tokio::time::timeout(Duration::from_secs(2), self.broker.consumer_info(stream, name)).await;
+            let info =
+                tokio::time::timeout(Duration::from_secs(2), self.broker.consumer_info(stream, name)).await;
             consumers.push(match info {
                 Ok(Ok(info)) => json!({"name": name, "stream": stream, "info": info}),
                 Ok(Err(e)) => json!({"name": name, "stream": stream, "error": e.to_string()}),
@@ -404,7 +415,8 @@ impl Vitals {
     #[expect(clippy::cast_precision_loss, reason = "gauges are floating point")]
     pub(crate) async fn measure(&self) {
         let service = self.db.service().to_owned();
-        let gauge = |name: &'static str, value: f64| metrics::gauge!(name, "service" => service.clone()).set(value);
+        let gauge =
+            |name: &'static str, value: f64| metrics::gauge!(name, "service" => service.clone()).set(value);
         gauge("consign_outbox_pending", self.db.outbox_depth() as f64);
         gauge("consign_broker_connected", if self.broker.status().connected { 1.0 } else { 0.0 });
         if let Ok(oldest) = outbox::oldest_pending(&self.db).await {
@@ -418,7 +430,8 @@ impl Vitals {
             gauge("consign_dead_letters_open", open as f64);
         }
         for (stream, name) in &self.consumers {
-            let info = tokio::time::timeout(Duration::from_secs(2), self.broker.consumer_info(stream, name)).await;
+            let info =
+                tokio::time::timeout(Duration::from_secs(2), self.broker.consumer_info(stream, name)).await;
             if let Ok(Ok(info)) = info {
                 let set = |metric: &'static str, value: u64| {
                     metrics::gauge!(metric, "consumer" => name.clone()).set(value as f64);
@@ -437,7 +450,11 @@ async fn housekeeping(vitals: Arc<Vitals>, prunes: Vec<Prune>, stop: Cancellatio
         vitals.measure().await;
         for prune in &prunes {
             if let Err(error) = prune_table(&vitals.db, *prune, &stop).await {
-                tracing::warn!(service = vitals.db.service(), error = telemetry::chain(&error), "old rows could not be pruned");
+                tracing::warn!(
+                    service = vitals.db.service(),
+                    error = telemetry::chain(&error),
+                    "old rows could not be pruned"
+                );
             }
         }
         tokio::select! {

@@ -84,18 +84,16 @@ pub trait TaskHandler: Send + Sync + 'static {
     type Output: Send + 'static;
 
     /// Reads what the runs need, for all tasks leased at once and in their order.
-    async fn prepare(&self, tx: &mut Tx, tasks: &[Leased<Self::Task>]) -> Result<Vec<Self::Context>, DbError>;
+    async fn prepare(&self, tx: &mut Tx, tasks: &[Leased<Self::Task>])
+    -> Result<Vec<Self::Context>, DbError>;
 
     /// Does it, outside any transaction. An error means: later again.
-    async fn run(&self, task: &Leased<Self::Task>, context: &Self::Context) -> Result<Self::Output, BoxError>;
+    async fn run(&self, task: &Leased<Self::Task>, context: &Self::Context)
+    -> Result<Self::Output, BoxError>;
 
     /// Records outcomes, all that have gathered, in the transaction that removes their tasks. May run again for the same outputs if
     /// the transaction fails.
-    async fn finish(
-        &self,
-        tx: &mut Tx,
-        done: &[(Leased<Self::Task>, Self::Output)],
-    ) -> Result<(), DbError>;
+    async fn finish(&self, tx: &mut Tx, done: &[(Leased<Self::Task>, Self::Output)]) -> Result<(), DbError>;
 }
 
 /// A row of `tasks` to be.
@@ -119,7 +117,12 @@ impl Scheduled {
         Timestamp::from_millis(self.due_at)
     }
 
-    pub(crate) fn new<T: Task>(key: String, payload: &T, due: Timestamp, cause: Cause) -> Result<Self, DbError> {
+    pub(crate) fn new<T: Task>(
+        key: String,
+        payload: &T,
+        due: Timestamp,
+        cause: Cause,
+    ) -> Result<Self, DbError> {
         Ok(Self {
             kind: T::KIND,
             key,
@@ -327,7 +330,11 @@ impl<H: TaskHandler> Worker<H> {
                 }
             }
         }
-        tracing::error!(kind = H::Task::KIND, tasks = done.len(), "outcomes given up; the tasks run again when their leases end");
+        tracing::error!(
+            kind = H::Task::KIND,
+            tasks = done.len(),
+            "outcomes given up; the tasks run again when their leases end"
+        );
     }
 
     async fn settle(

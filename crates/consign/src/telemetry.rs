@@ -11,9 +11,9 @@ use std::sync::{Arc, OnceLock};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
+use tracing_subscriber::filter::{ParseError, Targets};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
-use tracing_subscriber::filter::{ParseError, Targets};
 use tracing_subscriber::{Layer, fmt};
 
 /// What is logged, and where to.
@@ -73,8 +73,7 @@ pub enum TelemetryError {
 impl LogConfig {
     /// The filter, or what is wrong with it.
     pub fn parse_filter(&self) -> Result<Targets, TelemetryError> {
-        self.filter.parse()
-            .map_err(|source| TelemetryError::Filter { filter: self.filter.clone(), source })
+        self.filter.parse().map_err(|source| TelemetryError::Filter { filter: self.filter.clone(), source })
     }
 }
 
@@ -126,14 +125,20 @@ pub fn metrics() -> &'static PrometheusHandle {
 fn describe() {
     use metrics::{describe_counter as counter, describe_gauge as gauge, describe_histogram as histogram};
     counter!("consign_events_published_total", "Events acknowledged by the broker.");
-    counter!("consign_events_handled_total", "Events by consumer and outcome: handled, duplicate, retried, dead_lettered, redriven.");
+    counter!(
+        "consign_events_handled_total",
+        "Events by consumer and outcome: handled, duplicate, retried, dead_lettered, redriven."
+    );
     counter!("consign_tasks_total", "Runs of tasks by kind and outcome.");
     counter!("consign_http_requests_total", "HTTP requests by route, method and status.");
     histogram!("consign_http_request_seconds", "Seconds from request to response.");
     histogram!("consign_handler_seconds", "Seconds a handler took, by consumer and outcome.");
     gauge!("consign_consumer_lag", "Events not yet delivered to the consumer.");
     gauge!("consign_consumer_ack_pending", "Events delivered and not settled.");
-    gauge!("consign_consumer_unsettled_span", "Sequences between the consumer's ack floor and its last delivery.");
+    gauge!(
+        "consign_consumer_unsettled_span",
+        "Sequences between the consumer's ack floor and its last delivery."
+    );
     gauge!("consign_outbox_pending", "Events recorded and not acknowledged by the broker.");
     gauge!("consign_outbox_oldest_seconds", "Age of the oldest such event.");
     gauge!("consign_tasks_due", "Tasks that could run now.");

@@ -47,7 +47,10 @@ impl Subject for InFile {
     }
     async fn restart(&self, broker: Arc<dyn Broker>) -> Option<Arc<dyn Broker>> {
         drop(broker);
-        let (n, old) = { let mut last = self.last.lock().unwrap(); (last.0, last.1.take()) };
+        let (n, old) = {
+            let mut last = self.last.lock().unwrap();
+            (last.0, last.1.take())
+        };
         old.unwrap().close().await;
         Some(self.open(n).await)
     }

@@ -16,7 +16,9 @@ use consign::handler::BoxError;
 use consign::service::Running;
 use consign::tasks::{Leased, Task, TaskHandler, TaskOptions};
 use consign::testing::Bench;
-use consign::{Batch, Consumer, Db, DbError, Emission, Event, Failure, Meta, Migration, Received, Service, Tx};
+use consign::{
+    Batch, Consumer, Db, DbError, Emission, Event, Failure, Meta, Migration, Received, Service, Tx,
+};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -81,7 +83,12 @@ async fn note(mut tx: Tx, number: u32, cause: Cause) -> Result<(), Failure> {
     Ok(())
 }
 
-async fn one(Received(e): Received<Happened>, State(mood): State<Mood>, Meta(meta): Meta, tx: Tx) -> Result<(), Failure> {
+async fn one(
+    Received(e): Received<Happened>,
+    State(mood): State<Mood>,
+    Meta(meta): Meta,
+    tx: Tx,
+) -> Result<(), Failure> {
     let slow = *mood.slow.lock().unwrap();
     tokio::time::sleep(slow).await;
     // Written before the failure, so that a test sees whether it was rolled back.
@@ -149,7 +156,10 @@ impl Rig {
     }
 
     async fn notes(&self) -> Vec<(u32, u32)> {
-        sqlx::query_as("SELECT number, times FROM notes ORDER BY number").fetch_all(self.db.readers()).await.unwrap()
+        sqlx::query_as("SELECT number, times FROM notes ORDER BY number")
+            .fetch_all(self.db.readers())
+            .await
+            .unwrap()
     }
 
     async fn until_notes(&self, expected: &[(u32, u32)]) {
@@ -190,7 +200,8 @@ async fn an_event_takes_effect_once_and_its_own_events_follow() {
     let published = async || rig.bench.broker.stream_info("NOTES").await.unwrap().messages == 1;
     rig.bench.time.until("the event that follows", published).await;
     let noted = rig.bench.broker.get("NOTES", 1).await.unwrap().unwrap();
-    let (cause, effect) = (Envelope::from_message(&message).unwrap(), Envelope::from_message(&noted.message).unwrap());
+    let (cause, effect) =
+        (Envelope::from_message(&message).unwrap(), Envelope::from_message(&noted.message).unwrap());
     assert_eq!(effect.cause.causation_id, Some(cause.id));
     assert_eq!(effect.cause.correlation_id, cause.cause.correlation_id);
     assert_eq!(effect.source, "/services/notes");
@@ -216,7 +227,8 @@ async fn the_fifth_failure_is_a_dead_letter_and_a_redrive_heals() {
     rig.bench.time.until("the projection", projected).await;
 
     // Redriven while the fault lasts, it comes back; afterwards it heals; a third time there is nothing to do.
-    let redrive = async || dead_letter::redrive(&rig.db, &Filter::default(), false, false).await.unwrap().len();
+    let redrive =
+        async || dead_letter::redrive(&rig.db, &Filter::default(), false, false).await.unwrap().len();
     assert_eq!(redrive().await, 1);
     let back = async || rig.dead(Status::Open).await.iter().any(|l| l.redrives == 1);
     rig.bench.time.until("back among the dead", back).await;
@@ -239,7 +251,8 @@ async fn retries_wait_and_are_not_burned_at_once() {
     rig.mood.heals();
     rig.bench.time.advance(Duration::from_secs(2)).await;
     rig.until_notes(&[(1, 1)]).await;
-    let left: i64 = sqlx::query_scalar("SELECT COUNT(*) FROM failures").fetch_one(rig.db.readers()).await.unwrap();
+    let left: i64 =
+        sqlx::query_scalar("SELECT COUNT(*) FROM failures").fetch_one(rig.db.readers()).await.unwrap();
     assert_eq!(left, 0, "a success forgets the failures before it");
 }
 
@@ -262,8 +275,10 @@ async fn a_panic_costs_one_failure_and_nothing_else() {
     rig.publish(vec![rig.message(1), rig.message(2)]).await;
     rig.until_notes(&[(2, 1)]).await;
     let error = async || {
-        let error: Option<String> =
-            sqlx::query_scalar("SELECT last_error FROM failures").fetch_optional(rig.db.readers()).await.unwrap();
+        let error: Option<String> = sqlx::query_scalar("SELECT last_error FROM failures")
+            .fetch_optional(rig.db.readers())
+            .await
+            .unwrap();
         error.is_some_and(|e| e.contains("panicked: as told"))
     };
     rig.bench.time.until("the failure on record", error).await;
@@ -281,7 +296,8 @@ async fn an_outage_burns_no_attempt() {
     rig.bench.time.advance(Duration::from_secs(180)).await;
     assert!(rig.mood.calls(1) > 5, "it keeps trying: {}", rig.mood.calls(1));
     assert_eq!(rig.dead(Status::Open).await.len(), 0);
-    let counted: i64 = sqlx::query_scalar("SELECT COUNT(*) FROM failures").fetch_one(rig.db.readers()).await.unwrap();
+    let counted: i64 =
+        sqlx::query_scalar("SELECT COUNT(*) FROM failures").fetch_one(rig.db.readers()).await.unwrap();
     assert_eq!(counted, 0);
     let info = rig.bench.broker.consumer_info("THINGS", "notes").await.unwrap();
     assert_eq!((info.ack_pending, info.redelivered), (1, 0), "what is held is kept alive");
@@ -400,7 +416,11 @@ async fn a_stopped_service_finishes_what_it_has_and_carries_on_later() {
     assert_eq!(mood.calls(1), 1);
     let info = bench.broker.consumer_info("THINGS", "notes").await.unwrap();
     assert_eq!((info.ack_pending, info.ack_floor), (0, 1), "committed and acknowledged before the end");
-    assert_eq!(bench.broker.stream_info("NOTES").await.unwrap().messages, 1, "and what follows was published");
+    assert_eq!(
+        bench.broker.stream_info("NOTES").await.unwrap().messages,
+        1,
+        "and what follows was published"
+    );
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -493,7 +513,13 @@ async fn a_failing_task_is_tried_until_it_works_panics_included() {
     let (bench, db, bell, _service) = bell().await;
     bell.failing.store(1, Ordering::SeqCst);
     schedule(&db, 1, Duration::ZERO).await;
-    let tried = |n| { let bell = bell.clone(); move || { let bell = bell.clone(); async move { bell.runs.load(Ordering::SeqCst) >= n } } };
+    let tried = |n| {
+        let bell = bell.clone();
+        move || {
+            let bell = bell.clone();
+            async move { bell.runs.load(Ordering::SeqCst) >= n }
+        }
+    };
     bench.time.until_within(MINUTES, Duration::from_secs(1), "three tries", tried(3)).await;
     bell.failing.store(2, Ordering::SeqCst);
     bench.time.until_within(MINUTES, Duration::from_secs(1), "panics", tried(8)).await;
@@ -517,6 +543,8 @@ async fn a_row_the_broker_refuses_does_not_hold_up_the_rest() {
     rig.bench.time.until_within(MINUTES, Duration::from_secs(1), "the good one", published).await;
     assert_eq!(rig.db.outbox_depth(), 1, "the other waits");
     rig.bench.broker.ensure_stream(&StreamConfig::new("ORPHANS", &["orphans.>"])).await.unwrap();
-    let found = async || rig.bench.broker.stream_info("ORPHANS").await.unwrap().messages == 1 && rig.db.outbox_depth() == 0;
+    let found = async || {
+        rig.bench.broker.stream_info("ORPHANS").await.unwrap().messages == 1 && rig.db.outbox_depth() == 0
+    };
     rig.bench.time.until_within(MINUTES, Duration::from_secs(1), "the orphan", found).await;
 }

@@ -163,7 +163,9 @@ pub fn cancelled(shelf: &mut Shelf, current: Option<Reservation>, lines: &Lines)
             change(shelf, lines, |s, q| s.reserved -= q);
             Ok(Outcome::Now(Reservation::Released))
         }
-        Some(Reservation::Rejected | Reservation::Released | Reservation::Cancelled) => Ok(Outcome::Unchanged),
+        Some(Reservation::Rejected | Reservation::Released | Reservation::Cancelled) => {
+            Ok(Outcome::Unchanged)
+        }
         Some(state @ Reservation::Committed) => Err(Misfit::Impossible { event: "cancelled", state }),
     }
 }
@@ -229,7 +231,11 @@ mod tests {
     }
 
     fn order_lines() -> impl Strategy<Value = Vec<Vec<OrderLine>>> {
-        let line = (0..3usize, 1..15u32).prop_map(|(p, quantity)| OrderLine { product_id: product(p), quantity, unit_price: 1 });
+        let line = (0..3usize, 1..15u32).prop_map(|(p, quantity)| OrderLine {
+            product_id: product(p),
+            quantity,
+            unit_price: 1,
+        });
         prop::collection::vec(prop::collection::vec(line, 1..4), 6)
     }
 
@@ -271,7 +277,8 @@ mod tests {
 
     #[test]
     fn all_lines_or_none() {
-        let mut shelf = Shelf::from([("a".into(), Stock::stored(5, 0, 0)), ("b".into(), Stock::stored(1, 0, 0))]);
+        let mut shelf =
+            Shelf::from([("a".into(), Stock::stored(5, 0, 0)), ("b".into(), Stock::stored(1, 0, 0))]);
         let line = |id: &str, quantity| OrderLine { product_id: id.into(), quantity, unit_price: 1 };
         let lines = Lines::of(&[line("a", 2), line("b", 2), line("c", 1)]);
         let Outcome::Short(shortages) = created(&mut shelf, None, &lines) else { panic!("must fall short") };

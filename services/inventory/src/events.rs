@@ -11,7 +11,11 @@ use crate::store::{self, ReservationRow};
 
 /// Inventory's one consumer.
 pub fn orders(options: ConsumerOptions) -> Consumer<()> {
-    Consumer::new("inventory-orders", streams::ORDERS).options(options).on(created).on(cancelled).on(confirmed)
+    Consumer::new("inventory-orders", streams::ORDERS)
+        .options(options)
+        .on(created)
+        .on(cancelled)
+        .on(confirmed)
 }
 
 /// What a batch starts from, and where it gets to.
@@ -37,7 +41,14 @@ impl Ledger {
         (found.map(|(r, _)| *r), found.map(|(_, l)| l.clone()).unwrap_or_default())
     }
 
-    fn set<E>(&mut self, order: &str, item: &Item<E>, to: Reservation, lines: Lines, expires_at: Option<i64>) -> Result<(), DbError> {
+    fn set<E>(
+        &mut self,
+        order: &str,
+        item: &Item<E>,
+        to: Reservation,
+        lines: Lines,
+        expires_at: Option<i64>,
+    ) -> Result<(), DbError> {
         self.rows.push(ReservationRow {
             order_id: order.to_owned(),
             status: to.as_str(),

@@ -23,9 +23,8 @@ pub fn router(db: Db) -> ApiRouter {
         .api_route("/products", get_with(list, |o| o.summary("All products, by id").tag("products")))
         .api_route(
             "/products/{id}",
-            get_with(show, |o| o.summary("One product").tag("products")).merge(put_with(put, |o| {
-                o.summary("Make or change a product").tag("products")
-            })),
+            get_with(show, |o| o.summary("One product").tag("products"))
+                .merge(put_with(put, |o| o.summary("Make or change a product").tag("products"))),
         )
         .api_route(
             "/products/{id}/stock",
@@ -132,7 +131,10 @@ async fn put(
         faults.push(Fault { pointer: String::new(), detail });
     }
     if !is_currency(&body.currency) {
-        faults.push(Fault { pointer: "/currency".into(), detail: "three capital letters, as in ISO 4217".into() });
+        faults.push(Fault {
+            pointer: "/currency".into(),
+            detail: "three capital letters, as in ISO 4217".into(),
+        });
     }
     if !faults.is_empty() {
         return Err(Problem::unprocessable("the product cannot be taken", faults));
@@ -171,7 +173,9 @@ async fn move_stock(
     IdempotencyKey(key): IdempotencyKey,
     Body { value: body, raw: _ }: Body<MoveStock>,
 ) -> Result<Json<Product>, Problem> {
-    let key = key.ok_or_else(|| Problem::bad_request("the Idempotency-Key header is missing; a repeated request must not count twice"))?;
+    let key = key.ok_or_else(|| {
+        Problem::bad_request("the Idempotency-Key header is missing; a repeated request must not count twice")
+    })?;
     if body.delta == 0 {
         let fault = Fault { pointer: "/delta".into(), detail: "0 moves nothing".into() };
         return Err(Problem::unprocessable("the movement cannot be taken", vec![fault]));

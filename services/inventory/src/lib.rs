@@ -51,9 +51,14 @@ pub async fn open(path: &Path, clock: Clock) -> Result<Db, DbError> {
 /// The whole service, ready to start.
 pub fn service(config: &Config, db: Db, broker: Arc<dyn Broker>) -> Service {
     let consumer = events::orders(config.0.consumer).with_state(());
-    Service::new(config.0.clone(), db.clone(), broker, "Products, their stock, and what of it is promised to orders.")
-        .stream(StreamConfig::new(streams::INVENTORY, &["inventory.>"]))
-        .stream(StreamConfig::new(streams::PRODUCTS, &["products.>"]).last_per_subject())
-        .consumer(consumer)
-        .http(http::router(db))
+    Service::new(
+        config.0.clone(),
+        db.clone(),
+        broker,
+        "Products, their stock, and what of it is promised to orders.",
+    )
+    .stream(StreamConfig::new(streams::INVENTORY, &["inventory.>"]))
+    .stream(StreamConfig::new(streams::PRODUCTS, &["products.>"]).last_per_subject())
+    .consumer(consumer)
+    .http(http::router(db))
 }

@@ -74,14 +74,16 @@ pub async fn put(tx: &mut Tx, id: &str, name: &str, price: i64, currency: &str) 
 pub async fn move_stock(tx: &mut Tx, id: &str, delta: i64, reason: &str) -> Result<Product, DbError> {
     let now = tx.now().as_millis();
     let correlation_id = tx.cause().correlation_id.to_string();
-    sqlx::query("INSERT INTO stock_movements (product_id, delta, reason, correlation_id, at) VALUES (?,?,?,?,?)")
-        .bind(id)
-        .bind(delta)
-        .bind(reason)
-        .bind(correlation_id)
-        .bind(now)
-        .execute(tx.sqlite())
-        .await?;
+    sqlx::query(
+        "INSERT INTO stock_movements (product_id, delta, reason, correlation_id, at) VALUES (?,?,?,?,?)",
+    )
+    .bind(id)
+    .bind(delta)
+    .bind(reason)
+    .bind(correlation_id)
+    .bind(now)
+    .execute(tx.sqlite())
+    .await?;
     let row = sqlx::query(
         "UPDATE products SET on_hand = on_hand + ?1, received = received + ?1, updated_at = ?2 WHERE id = ?3 RETURNING *",
     )
@@ -114,7 +116,9 @@ pub async fn save_shelf(tx: &mut Tx, before: &Shelf, after: &Shelf) -> Result<()
         .iter()
         .filter_map(|(id, a)| {
             let b = before.get(id)?;
-            (a != b).then(|| (id.as_str(), a.on_hand() - b.on_hand(), a.reserved() - b.reserved(), a.sold() - b.sold()))
+            (a != b).then(|| {
+                (id.as_str(), a.on_hand() - b.on_hand(), a.reserved() - b.reserved(), a.sold() - b.sold())
+            })
         })
         .collect();
     if changes.is_empty() {
@@ -147,7 +151,8 @@ pub async fn reservations(
     let read = |r: &SqliteRow| {
         let status = Reservation::parse(r.try_get("status")?)
             .ok_or_else(|| sqlx::Error::Decode("an unknown status of a reservation".into()))?;
-        let lines = serde_json::from_str(r.try_get("lines")?).map_err(|e| sqlx::Error::Decode(Box::new(e)))?;
+        let lines =
+            serde_json::from_str(r.try_get("lines")?).map_err(|e| sqlx::Error::Decode(Box::new(e)))?;
         Ok::<_, sqlx::Error>((r.try_get("order_id")?, (status, lines)))
     };
     Ok(rows.iter().map(read).collect::<Result<_, _>>()?)

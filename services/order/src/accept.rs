@@ -80,7 +80,8 @@ async fn accept(tx: &mut Tx, group: &[Request], deadline: Duration) -> Result<Ve
             (key, (r.fingerprint, Answer::Accepted { id, body: r.answer }))
         })
         .collect();
-    let products: BTreeSet<&str> = group.iter().flat_map(|r| r.wanted.iter().map(|w| &*w.product_id)).collect();
+    let products: BTreeSet<&str> =
+        group.iter().flat_map(|r| r.wanted.iter().map(|w| &*w.product_id)).collect();
     let prices = store::prices(tx, &products.into_iter().collect::<Vec<_>>()).await?;
     let now = tx.now();
     let mut orders = Vec::with_capacity(group.len());
@@ -126,7 +127,12 @@ async fn accept(tx: &mut Tx, group: &[Request], deadline: Duration) -> Result<Ve
         };
         let emission = Emission::new(event, order.id.to_string(), 1).lane(r.lane).caused_by(r.cause.clone());
         let event_id = tx.emit(emission).map_err(|e| DbError::Sql(sqlx::Error::Encode(Box::new(e))))?;
-        tx.schedule_for(order.id.to_string(), &Deadline { order_id: order.id }, order.deadline, r.cause.clone())?;
+        tx.schedule_for(
+            order.id.to_string(),
+            &Deadline { order_id: order.id },
+            order.deadline,
+            r.cause.clone(),
+        )?;
         entries.push(Entry {
             order_id: order.id,
             version: 1,

@@ -33,7 +33,9 @@ impl Status {
 
     /// From that word.
     pub fn parse(word: &str) -> Option<Self> {
-        [Self::Pending, Self::Reserved, Self::Confirmed, Self::Cancelled].into_iter().find(|s| s.as_str() == word)
+        [Self::Pending, Self::Reserved, Self::Confirmed, Self::Cancelled]
+            .into_iter()
+            .find(|s| s.as_str() == word)
     }
 
     /// Whether nothing can change it any more.
@@ -160,7 +162,9 @@ impl PriceFault {
     /// The line at fault.
     pub fn line(&self) -> usize {
         match self {
-            Self::UnknownProduct { line, .. } | Self::MixedCurrencies { line, .. } | Self::TooExpensive { line } => *line,
+            Self::UnknownProduct { line, .. }
+            | Self::MixedCurrencies { line, .. }
+            | Self::TooExpensive { line } => *line,
         }
     }
 }

@@ -155,9 +155,16 @@ async fn place(
         }
         None => None,
     };
-    let wanted = order.items.into_iter().map(|i| Wanted { product_id: i.product_id, quantity: i.quantity }).collect();
-    let request =
-        Request { order_id: Uuid::now_v7(), customer_id: order.customer_id, wanted, lane: order.lane, key, cause };
+    let wanted =
+        order.items.into_iter().map(|i| Wanted { product_id: i.product_id, quantity: i.quantity }).collect();
+    let request = Request {
+        order_id: Uuid::now_v7(),
+        customer_id: order.customer_id,
+        wanted,
+        lane: order.lane,
+        key,
+        cause,
+    };
     match app.acceptor.run(request).await? {
         Answer::Accepted { id, body } => {
             let mut response = (StatusCode::ACCEPTED, body).into_response();
@@ -169,10 +176,9 @@ async fn place(
             Ok(response)
         }
         Answer::Refused(faults) => {
-            let faults = faults.iter().map(|f| Fault {
-                pointer: format!("/items/{}", f.line()),
-                detail: f.to_string(),
-            });
+            let faults = faults
+                .iter()
+                .map(|f| Fault { pointer: format!("/items/{}", f.line()), detail: f.to_string() });
             Err(Problem::unprocessable("the order cannot be priced", faults.collect()))
         }
         Answer::KeyReused => Err(key_reused()),

@@ -60,7 +60,12 @@ impl Default for Config {
 impl Config {
     /// What every service has to be told.
     pub fn service(&self) -> ServiceConfig {
-        ServiceConfig { http: self.http.clone(), outbox: self.outbox, consumer: self.consumer, tasks: self.tasks }
+        ServiceConfig {
+            http: self.http.clone(),
+            outbox: self.outbox,
+            consumer: self.consumer,
+            tasks: self.tasks,
+        }
     }
 
     /// Everything wrong with it.

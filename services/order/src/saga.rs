@@ -5,8 +5,8 @@ use std::collections::HashMap;
 use consign::event::{Cause, Envelope};
 use consign::{Batch, Consumer, ConsumerOptions, Emission, EventId, Failure, Tx};
 use contracts::{
-    OrderCancelled, OrderConfirmed, PaymentFailed, PaymentRefunded, PaymentSucceeded, ProductChanged, StockRejected,
-    StockReserved, streams,
+    OrderCancelled, OrderConfirmed, PaymentFailed, PaymentRefunded, PaymentSucceeded, ProductChanged,
+    StockRejected, StockReserved, streams,
 };
 use uuid::Uuid;
 
@@ -21,7 +21,11 @@ pub fn inventory(options: ConsumerOptions) -> Consumer<()> {
 
 /// What payment says about orders.
 pub fn payments(options: ConsumerOptions) -> Consumer<()> {
-    Consumer::new("order-payments", streams::PAYMENTS).options(options).on(paid).on(payment_failed).on(refunded)
+    Consumer::new("order-payments", streams::PAYMENTS)
+        .options(options)
+        .on(paid)
+        .on(payment_failed)
+        .on(refunded)
 }
 
 /// What inventory says about products.
@@ -95,8 +99,10 @@ pub async fn advance(tx: &mut Tx, steps: &[Step]) -> Result<(Vec<Advanced>, Hash
             Decision::Note | Decision::Ignore | Decision::TooLate => {}
         }
     }
-    let changed: Vec<(u64, &Order)> =
-        orders.values().filter_map(|o| before.get(&o.id).filter(|v| **v != o.version).map(|v| (*v, o))).collect();
+    let changed: Vec<(u64, &Order)> = orders
+        .values()
+        .filter_map(|o| before.get(&o.id).filter(|v| **v != o.version).map(|v| (*v, o)))
+        .collect();
     let expected = changed.len() as u64;
     if store::update(tx, &changed).await? != expected {
         return Err(Failure::pause("an order was changed by somebody else meanwhile"));
@@ -115,8 +121,9 @@ fn announce<E: consign::Event>(
     entries: &mut Vec<Entry>,
 ) -> Result<(), Failure> {
     order.version += 1;
-    let emission =
-        Emission::new(event, order.id.to_string(), order.version).lane(order.lane).caused_by(step.cause.clone());
+    let emission = Emission::new(event, order.id.to_string(), order.version)
+        .lane(order.lane)
+        .caused_by(step.cause.clone());
     let event_id = tx.emit(emission)?;
     entries.push(Entry {
         order_id: order.id,
@@ -152,7 +159,9 @@ async fn follow<E>(
         .collect();
     let (results, _) = advance(tx, &steps).await?;
     match results.iter().position(|r| *r == Advanced::Unknown) {
-        Some(i) => Err(Failure::retry(format!("there is no order {}", steps[i].order_id)).of(&items[i].envelope)),
+        Some(i) => {
+            Err(Failure::retry(format!("there is no order {}", steps[i].order_id)).of(&items[i].envelope))
+        }
         None => Ok(()),
     }
 }
@@ -163,8 +172,11 @@ async fn reserved(Batch(events): Batch<StockReserved>, mut tx: Tx) -> Result<(),
 
 async fn rejected(Batch(events): Batch<StockRejected>, mut tx: Tx) -> Result<(), Failure> {
     follow(&mut tx, &events, |e| {
-        let short: Vec<String> =
-            e.shortages.iter().map(|s| format!("{}: {} of {}", s.product_id, s.available, s.requested)).collect();
+        let short: Vec<String> = e
+            .shortages
+            .iter()
+            .map(|s| format!("{}: {} of {}", s.product_id, s.available, s.requested))
+            .collect();
         (e.order_id, Input::Rejected, Some(short.join(", ")))
     })
     .await
@@ -182,7 +194,8 @@ async fn payment_failed(Batch(events): Batch<PaymentFailed>, mut tx: Tx) -> Resu
 }
 
 async fn refunded(Batch(events): Batch<PaymentRefunded>, mut tx: Tx) -> Result<(), Failure> {
-    follow(&mut tx, &events, |e| (e.order_id, Input::Refunded, Some(format!("{} {}", e.amount, e.currency)))).await
+    follow(&mut tx, &events, |e| (e.order_id, Input::Refunded, Some(format!("{} {}", e.amount, e.currency))))
+        .await
 }
 
 async fn product_changed(Batch(events): Batch<ProductChanged>, mut tx: Tx) -> Result<(), Failure> {

@@ -44,7 +44,17 @@ pub async fn insert(tx: &mut Tx, orders: &[Order]) -> Result<(), DbError> {
         .map(|o| {
             let items = to_json(&o.items)?;
             let (created, deadline) = (o.created_at.as_millis(), o.deadline.as_millis());
-            Ok((o.id, &*o.customer_id, o.lane.as_str(), &*o.currency, o.total, items, &*o.correlation_id, created, deadline))
+            Ok((
+                o.id,
+                &*o.customer_id,
+                o.lane.as_str(),
+                &*o.currency,
+                o.total,
+                items,
+                &*o.correlation_id,
+                created,
+                deadline,
+            ))
         })
         .collect::<Result<_, sqlx::Error>>()?;
     sqlx::query(
@@ -147,7 +157,8 @@ pub async fn save_products(tx: &mut Tx, products: &[&contracts::ProductChanged])
 }
 
 pub async fn find(db: &SqlitePool, id: Uuid) -> Result<Option<Order>, sqlx::Error> {
-    let row = sqlx::query("SELECT * FROM orders WHERE id = ?").bind(id.to_string()).fetch_optional(db).await?;
+    let row =
+        sqlx::query("SELECT * FROM orders WHERE id = ?").bind(id.to_string()).fetch_optional(db).await?;
     row.as_ref().map(order).transpose()
 }
 

@@ -77,11 +77,19 @@ impl TaskHandler for Calls {
     type Context = Option<Payment>;
     type Output = ChargeOutcome;
 
-    async fn prepare(&self, tx: &mut Tx, tasks: &[Leased<ChargeTask>]) -> Result<Vec<Option<Payment>>, DbError> {
+    async fn prepare(
+        &self,
+        tx: &mut Tx,
+        tasks: &[Leased<ChargeTask>],
+    ) -> Result<Vec<Option<Payment>>, DbError> {
         payments(tx, tasks.iter().map(|t| t.payload.order_id).collect()).await
     }
 
-    async fn run(&self, task: &Leased<ChargeTask>, payment: &Option<Payment>) -> Result<ChargeOutcome, BoxError> {
+    async fn run(
+        &self,
+        task: &Leased<ChargeTask>,
+        payment: &Option<Payment>,
+    ) -> Result<ChargeOutcome, BoxError> {
         let p = known(payment, &task.payload.order_id)?;
         let key = p.payment_id.to_string();
         // Tried before: it may have been charged although no answer came. Asking settles it.
@@ -123,7 +131,11 @@ impl TaskHandler for Refunds {
     type Context = Option<Payment>;
     type Output = ();
 
-    async fn prepare(&self, tx: &mut Tx, tasks: &[Leased<RefundTask>]) -> Result<Vec<Option<Payment>>, DbError> {
+    async fn prepare(
+        &self,
+        tx: &mut Tx,
+        tasks: &[Leased<RefundTask>],
+    ) -> Result<Vec<Option<Payment>>, DbError> {
         payments(tx, tasks.iter().map(|t| t.payload.order_id).collect()).await
     }
 

@@ -1,10 +1,10 @@
 //! What a payment gateway must do, and a simulated one with a ledger.
 
+use std::future::Future;
 use std::path::Path;
+use std::pin::Pin;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
-use std::future::Future;
-use std::pin::Pin;
 
 use async_trait::async_trait;
 use consign::db::{GroupCommit, Work};
@@ -167,7 +167,8 @@ impl PaymentGateway for SimulatedGateway {
             .await
             .map_err(|e| GatewayError::Ledger(Box::new(e)))?;
         let Some(row) = row else { return Ok(None) };
-        let declined: Option<String> = row.try_get("declined").map_err(|e| GatewayError::Ledger(Box::new(e)))?;
+        let declined: Option<String> =
+            row.try_get("declined").map_err(|e| GatewayError::Ledger(Box::new(e)))?;
         Ok(Some(declined.map_or(Charge::Charged, Charge::Declined)))
     }
 
@@ -194,7 +195,9 @@ async fn write(tx: &mut Tx, group: &[Entry]) -> Result<Vec<Option<String>>, DbEr
     let (mut charges, mut refunds) = (Vec::new(), Vec::new());
     for entry in group {
         match entry {
-            Entry::Charge { key, declined, amount, currency } => charges.push((key, declined, amount, currency)),
+            Entry::Charge { key, declined, amount, currency } => {
+                charges.push((key, declined, amount, currency))
+            }
             Entry::Refund { key, charge_key, amount } => refunds.push((key, charge_key, amount)),
         }
     }
@@ -223,8 +226,10 @@ async fn write(tx: &mut Tx, group: &[Entry]) -> Result<Vec<Option<String>>, DbEr
     .bind(to_json(&keys)?)
     .fetch_all(tx.sqlite())
     .await?;
-    let declined: std::collections::HashMap<String, String> =
-        rows.iter().map(|r| Ok((r.try_get("key")?, r.try_get("declined")?))).collect::<Result<_, sqlx::Error>>()?;
+    let declined: std::collections::HashMap<String, String> = rows
+        .iter()
+        .map(|r| Ok((r.try_get("key")?, r.try_get("declined")?)))
+        .collect::<Result<_, sqlx::Error>>()?;
     Ok(group
         .iter()
         .map(|entry| match entry {

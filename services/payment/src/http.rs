@@ -25,8 +25,9 @@ pub fn router(state: AppState) -> ApiRouter {
         .api_route("/payments", get_with(list, |o| o.summary("Payments, or an order's").tag("payments")))
         .api_route(
             "/gateway",
-            get_with(knobs, |o| o.summary("How the simulated gateway behaves").tag("gateway"))
-                .merge(put_with(set_knobs, |o| o.summary("Change how the simulated gateway behaves").tag("gateway"))),
+            get_with(knobs, |o| o.summary("How the simulated gateway behaves").tag("gateway")).merge(
+                put_with(set_knobs, |o| o.summary("Change how the simulated gateway behaves").tag("gateway")),
+            ),
         )
         .with_state(state)
 }

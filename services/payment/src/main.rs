@@ -11,7 +11,8 @@ async fn main() -> ExitCode {
         async |config, setup| {
             let db = payment::open(&setup.data_dir.join("payment.db"), setup.clock.clone()).await?;
             let ledger = setup.data_dir.join("gateway.db");
-            let gateway = payment::gateway::SimulatedGateway::open(&ledger, config.gateway, setup.clock).await?;
+            let gateway =
+                payment::gateway::SimulatedGateway::open(&ledger, config.gateway, setup.clock).await?;
             Ok(payment::service(&config, db, setup.broker, gateway).start().await?)
         },
     )

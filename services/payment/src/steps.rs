@@ -85,7 +85,8 @@ fn follow_up(tx: &mut Tx, p: &Payment, decision: Decision, step: &Step) -> Resul
             tx.schedule_for(key, &ChargeTask { order_id }, p.created_at, cause())?;
         }
         Decision::Succeed | Decision::SucceedAndRefund => {
-            let event = PaymentSucceeded { payment_id, order_id, amount: p.amount, currency: p.currency.clone() };
+            let event =
+                PaymentSucceeded { payment_id, order_id, amount: p.amount, currency: p.currency.clone() };
             tx.emit(Emission::new(event, payment_id.to_string(), p.version).lane(p.lane).caused_by(cause()))?;
             if decision == Decision::SucceedAndRefund {
                 tx.schedule_for(key, &RefundTask { order_id }, p.updated_at, cause())?;
@@ -100,7 +101,8 @@ fn follow_up(tx: &mut Tx, p: &Payment, decision: Decision, step: &Step) -> Resul
             tx.schedule_for(key, &RefundTask { order_id }, p.updated_at, cause())?;
         }
         Decision::FinishRefund => {
-            let event = PaymentRefunded { payment_id, order_id, amount: p.amount, currency: p.currency.clone() };
+            let event =
+                PaymentRefunded { payment_id, order_id, amount: p.amount, currency: p.currency.clone() };
             tx.emit(Emission::new(event, payment_id.to_string(), p.version).lane(p.lane).caused_by(cause()))?;
         }
         Decision::Forbid | Decision::MarkCancelled | Decision::Ignore => {}

@@ -68,9 +68,19 @@ pub async fn save(tx: &mut Tx, payments: &[&Payment]) -> Result<(), DbError> {
         .iter()
         .map(|p| {
             serde_json::json!([
-                p.order_id, p.payment_id, p.state.status.as_str(), i32::from(p.state.cancelled), p.amount, p.currency,
-                p.reason, p.lane.as_str(), p.correlation_id, p.version, p.expires_at.as_millis(),
-                p.created_at.as_millis(), p.updated_at.as_millis()
+                p.order_id,
+                p.payment_id,
+                p.state.status.as_str(),
+                i32::from(p.state.cancelled),
+                p.amount,
+                p.currency,
+                p.reason,
+                p.lane.as_str(),
+                p.correlation_id,
+                p.version,
+                p.expires_at.as_millis(),
+                p.created_at.as_millis(),
+                p.updated_at.as_millis()
             ])
         })
         .collect();

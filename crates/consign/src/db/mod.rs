@@ -8,8 +8,8 @@ mod migrate;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, PoisonError};
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
@@ -19,7 +19,7 @@ use tokio::sync::{Mutex, Notify, OwnedMutexGuard, watch};
 
 use crate::broker::Message;
 use crate::event::Cause;
-use crate::outbox::{self, EmitError, Emission, Recorded};
+use crate::outbox::{self, Emission, EmitError, Recorded};
 use crate::schema::SchemaViolation;
 use crate::tasks::{self, Scheduled, Task};
 use crate::{Clock, Event, EventId, Timestamp};
@@ -335,7 +335,12 @@ impl Tx {
     }
 
     /// Leaves work for later. A task of the same kind and key that is there already stays as it is.
-    pub fn schedule<T: Task>(&mut self, key: impl Into<String>, payload: &T, due: Timestamp) -> Result<(), DbError> {
+    pub fn schedule<T: Task>(
+        &mut self,
+        key: impl Into<String>,
+        payload: &T,
+        due: Timestamp,
+    ) -> Result<(), DbError> {
         let cause = self.peek().cause.clone();
         self.schedule_for(key, payload, due, cause)
     }
@@ -387,7 +392,10 @@ impl Tx {
         self.peek().db.count_statement();
     }
 
-    #[expect(clippy::expect_used, reason = "taken only by commit, rollback and drop, which consume the transaction")]
+    #[expect(
+        clippy::expect_used,
+        reason = "taken only by commit, rollback and drop, which consume the transaction"
+    )]
     fn state(&mut self) -> &mut TxState {
         self.state.as_mut().expect("a transaction in use has its state")
     }

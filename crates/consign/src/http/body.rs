@@ -49,11 +49,11 @@ where
             };
             Problem::new(status, detail)
         })?;
-        let value: Value =
-            serde_json::from_slice(&raw).map_err(|e| Problem::bad_request(format!("the body is not JSON: {e}")))?;
+        let value: Value = serde_json::from_slice(&raw)
+            .map_err(|e| Problem::bad_request(format!("the body is not JSON: {e}")))?;
         schema::of_type::<T>().validate(&value)?;
-        let value = serde_json::from_value(value)
-            .map_err(|e| Problem::unprocessable(e.to_string(), Vec::new()))?;
+        let value =
+            serde_json::from_value(value).map_err(|e| Problem::unprocessable(e.to_string(), Vec::new()))?;
         Ok(Self { value, raw })
     }
 }

@@ -22,8 +22,12 @@ impl<S: Send + Sync> FromRequestParts<S> for IdempotencyKey {
 
     async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Problem> {
         let Some(value) = parts.headers.get("idempotency-key") else { return Ok(Self(None)) };
-        let key = value.to_str().ok().filter(|k| (1..=255).contains(&k.len()) && k.bytes().all(|b| b.is_ascii_graphic()));
-        let key = key.ok_or_else(|| Problem::bad_request("Idempotency-Key: 1 to 255 visible ASCII characters"))?;
+        let key = value
+            .to_str()
+            .ok()
+            .filter(|k| (1..=255).contains(&k.len()) && k.bytes().all(|b| b.is_ascii_graphic()));
+        let key =
+            key.ok_or_else(|| Problem::bad_request("Idempotency-Key: 1 to 255 visible ASCII characters"))?;
         Ok(Self(Some(key.to_owned())))
     }
 }
@@ -46,7 +50,11 @@ pub struct Recorded {
 }
 
 /// What was answered to these keys of an operation, in one statement.
-pub async fn lookup(tx: &mut Tx, operation: &str, keys: &[&str]) -> Result<HashMap<String, Recorded>, DbError> {
+pub async fn lookup(
+    tx: &mut Tx,
+    operation: &str,
+    keys: &[&str],
+) -> Result<HashMap<String, Recorded>, DbError> {
     if keys.is_empty() {
         return Ok(HashMap::new());
     }
@@ -85,5 +93,8 @@ pub async fn record(tx: &mut Tx, operation: &str, answers: &[(&str, Uuid, String
 
 /// The answer to a key used before with another body.
 pub fn key_reused() -> Problem {
-    Problem::unprocessable("this Idempotency-Key was used with another body; take a new key for a new request", Vec::new())
+    Problem::unprocessable(
+        "this Idempotency-Key was used with another body; take a new key for a new request",
+        Vec::new(),
+    )
 }

@@ -20,7 +20,10 @@ pub(crate) fn router(vitals: Arc<Vitals>) -> ApiRouter {
     ApiRouter::new()
         .api_route("/livez", get_with(livez, |o| o.summary("Alive: the event loop turns").tag("operations")))
         .api_route("/readyz", get_with(readyz, |o| o.summary("Ready to take requests").tag("operations")))
-        .api_route("/health", get_with(health, |o| o.summary("Everything, the broker included").tag("operations")))
+        .api_route(
+            "/health",
+            get_with(health, |o| o.summary("Everything, the broker included").tag("operations")),
+        )
         .api_route("/metrics", get_with(metrics, |o| o.summary("Prometheus metrics").tag("operations")))
         .api_route(
             "/admin/dead-letters",
@@ -94,7 +97,8 @@ async fn list(
         return Err(Problem::bad_request("limit: 1 to 500"));
     }
     let status = p.status.unwrap_or(Status::Open);
-    let dead_letters = dead_letter::list(&vitals.db, &filter, Some(status), p.before.as_deref(), limit).await?;
+    let dead_letters =
+        dead_letter::list(&vitals.db, &filter, Some(status), p.before.as_deref(), limit).await?;
     Ok(Json(DeadLetters { dead_letters }))
 }
 

@@ -57,9 +57,13 @@ pub struct CompiledSchema {
 const MAX_FAULTS: usize = 32;
 
 impl CompiledSchema {
-    #[expect(clippy::panic, reason = "schemas come from types, so a type that cannot be validated is found by its first use in any test")]
+    #[expect(
+        clippy::panic,
+        reason = "schemas come from types, so a type that cannot be validated is found by its first use in any test"
+    )]
     fn new(name: String, document: Value) -> Self {
-        let validator = Validator::compile(&document).unwrap_or_else(|e| panic!("{name} cannot be validated: {e}"));
+        let validator =
+            Validator::compile(&document).unwrap_or_else(|e| panic!("{name} cannot be validated: {e}"));
         Self { name, document, validator }
     }
 

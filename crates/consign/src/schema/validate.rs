@@ -21,8 +21,18 @@ pub struct Unsupported {
 }
 
 /// Says nothing about what is valid.
-const ANNOTATIONS: &[&str] =
-    &["$schema", "$id", "$defs", "title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly"];
+const ANNOTATIONS: &[&str] = &[
+    "$schema",
+    "$id",
+    "$defs",
+    "title",
+    "description",
+    "default",
+    "examples",
+    "deprecated",
+    "readOnly",
+    "writeOnly",
+];
 
 /// A schema compiled: references resolved to indices, so that recursive types need no recursion here.
 #[derive(Debug)]
@@ -101,7 +111,9 @@ impl Type {
             Self::Null => value.is_null(),
             Self::Boolean => value.is_boolean(),
             // 1.0 is an integer to JSON Schema.
-            Self::Integer => value.is_i64() || value.is_u64() || value.as_f64().is_some_and(|f| f.fract() == 0.0),
+            Self::Integer => {
+                value.is_i64() || value.is_u64() || value.as_f64().is_some_and(|f| f.fract() == 0.0)
+            }
             Self::Number => value.is_number(),
             Self::String => value.is_string(),
             Self::Array => value.is_array(),
@@ -151,7 +163,8 @@ impl Compiler<'_> {
         let mut node = Node::default();
         for (keyword, value) in map {
             let here = format!("{pointer}/{keyword}");
-            let unsupported = || Unsupported { pointer: pointer.to_owned(), keyword: format!("{keyword}: {value}") };
+            let unsupported =
+                || Unsupported { pointer: pointer.to_owned(), keyword: format!("{keyword}: {value}") };
             match keyword.as_str() {
                 "$ref" => node.reference = Some(self.reference(value.as_str().ok_or_else(unsupported)?)?),
                 "type" => {
@@ -172,7 +185,10 @@ impl Compiler<'_> {
                     Some("date-time") => node.format = Some(Format::DateTime),
                     Some("uuid") => node.format = Some(Format::Uuid),
                     // Widths of Rust's numbers: the type's range says the same.
-                    Some("uint" | "uint8" | "uint16" | "uint32" | "uint64" | "int8" | "int16" | "int32" | "int64" | "float" | "double") => {}
+                    Some(
+                        "uint" | "uint8" | "uint16" | "uint32" | "uint64" | "int8" | "int16" | "int32"
+                        | "int64" | "float" | "double",
+                    ) => {}
                     _ => return Err(unsupported()),
                 },
                 "items" => node.items = Some(self.node(value, &here)?),
@@ -215,7 +231,8 @@ impl Compiler<'_> {
             return Ok(known);
         }
         let target = reference.strip_prefix('#').and_then(|p| self.root.pointer(p)).cloned();
-        let target = target.ok_or_else(|| Unsupported { pointer: reference.to_owned(), keyword: "$ref".into() })?;
+        let target =
+            target.ok_or_else(|| Unsupported { pointer: reference.to_owned(), keyword: "$ref".into() })?;
         // Known before it is compiled, for it may refer to itself.
         self.by_reference.insert(reference.to_owned(), self.nodes.len());
         self.node(&target, reference)
@@ -385,8 +402,12 @@ impl Validator {
         if !n.one_of.is_empty() {
             let fitting = n.one_of.iter().filter(|&&s| self.check(s, value, &mut None)).count();
             if fitting != 1 {
-                let constants: Vec<String> =
-                    n.one_of.iter().filter_map(|&s| self.nodes[s].constant.as_ref()).map(Value::to_string).collect();
+                let constants: Vec<String> = n
+                    .one_of
+                    .iter()
+                    .filter_map(|&s| self.nodes[s].constant.as_ref())
+                    .map(Value::to_string)
+                    .collect();
                 if constants.len() == n.one_of.len() {
                     fault!("must be one of {}", constants.join(", "));
                 } else {
@@ -469,21 +490,45 @@ mod tests {
     fn value() -> impl Strategy<Value = Value> {
         let wild = || {
             prop_oneof![
-                Just(json!(null)), Just(json!(true)), Just(json!(0)), Just(json!(1.0)), Just(json!(1.5)), Just(json!(-1)), Just(json!(11)),
-                Just(json!("")), Just(json!("abcd")), Just(json!("red")), Just(json!([])), Just(json!({})), Just(json!({"a": 1})),
+                Just(json!(null)),
+                Just(json!(true)),
+                Just(json!(0)),
+                Just(json!(1.0)),
+                Just(json!(1.5)),
+                Just(json!(-1)),
+                Just(json!(11)),
+                Just(json!("")),
+                Just(json!("abcd")),
+                Just(json!("red")),
+                Just(json!([])),
+                Just(json!({})),
+                Just(json!({"a": 1})),
             ]
         };
         let or_wild = move |s: BoxedStrategy<Value>| prop_oneof![6 => s, 1 => wild()].boxed();
-        let id = or_wild(prop_oneof![
-            Just(json!("018f0e3c-0000-7000-8000-000000000000")),
-            Just(json!("018f0e3c00007000800000000000000z")),
-            Just(json!("018f0e3c000070008000000000000000")),
-        ].boxed());
-        let at = or_wild(prop_oneof![Just(json!("2026-01-02T03:04:05.5Z")), Just(json!("2026-01-02T03:04:05+01:00")), Just(json!("2026-13-02T03:04:05Z"))].boxed());
-        let line = or_wild(("[a-d]{0,4}", -1..12i64).prop_map(|(id, q)| json!({"id": id, "quantity": q})).boxed());
+        let id = or_wild(
+            prop_oneof![
+                Just(json!("018f0e3c-0000-7000-8000-000000000000")),
+                Just(json!("018f0e3c00007000800000000000000z")),
+                Just(json!("018f0e3c000070008000000000000000")),
+            ]
+            .boxed(),
+        );
+        let at = or_wild(
+            prop_oneof![
+                Just(json!("2026-01-02T03:04:05.5Z")),
+                Just(json!("2026-01-02T03:04:05+01:00")),
+                Just(json!("2026-13-02T03:04:05Z"))
+            ]
+            .boxed(),
+        );
+        let line =
+            or_wild(("[a-d]{0,4}", -1..12i64).prop_map(|(id, q)| json!({"id": id, "quantity": q})).boxed());
         let lines = or_wild(prop::collection::vec(line, 0..4).prop_map(Value::from).boxed());
-        let colour = or_wild(prop_oneof![Just(json!("red")), Just(json!("green")), Just(json!("blue"))].boxed());
-        let tags = or_wild(prop_oneof![Just(json!({})), Just(json!({"x": 1})), Just(json!({"x/~y": "no"}))].boxed());
+        let colour =
+            or_wild(prop_oneof![Just(json!("red")), Just(json!("green")), Just(json!("blue"))].boxed());
+        let tags =
+            or_wild(prop_oneof![Just(json!({})), Just(json!({"x": 1})), Just(json!({"x/~y": "no"}))].boxed());
         let flat = (id, at, lines, colour, wild(), tags, 0..9usize, any::<bool>())
             .prop_map(|(id, at, lines, colour, ratio, tags, drop, extra)| {
                 let mut v = json!({"id": id, "at": at, "lines": lines, "colour": colour, "ratio": ratio, "tags": tags});
@@ -496,7 +541,9 @@ mod tests {
             });
         let flat = flat.boxed();
         (flat.clone(), prop::option::of(prop::collection::vec(flat, 0..2))).prop_map(|(mut v, children)| {
-            if let Some(children) = children { v["children"] = Value::from(children); }
+            if let Some(children) = children {
+                v["children"] = Value::from(children);
+            }
             v
         })
     }

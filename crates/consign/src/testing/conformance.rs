@@ -10,8 +10,8 @@ use std::time::Duration;
 use bytes::Bytes;
 
 use crate::broker::{
-    Broker, BrokerError, ConsumerConfig, DeliverPolicy, Delivery, Discard, Message, PubAck, PublishError, Settlement,
-    StreamConfig,
+    Broker, BrokerError, ConsumerConfig, DeliverPolicy, Delivery, Discard, Message, PubAck, PublishError,
+    Settlement, StreamConfig,
 };
 
 /// A broker under test.
@@ -120,7 +120,10 @@ async fn publish_and_fetch_in_order(subject: &impl Subject) {
     let got = fetch(&broker, 10).await;
     assert_eq!(ids(&got), ["1", "2", "3"]);
     let first = &got[0].message.message;
-    assert_eq!((first.subject.as_str(), first.header("X-Test"), &first.payload[..]), ("s.a", Some("1"), &b"payload of 1"[..]));
+    assert_eq!(
+        (first.subject.as_str(), first.header("X-Test"), &first.payload[..]),
+        ("s.a", Some("1"), &b"payload of 1"[..])
+    );
     assert!(got.iter().all(|d| d.delivered == 1));
     settle(&broker, &got, &Settlement::Ack).await;
     nothing(subject, &broker).await;
@@ -156,7 +159,8 @@ async fn no_stream(subject: &impl Subject) {
 async fn filters(subject: &impl Subject) {
     let config = ConsumerConfig { filter_subjects: vec!["s.a.>".into(), "s.*.x".into()], ..consumer() };
     let broker = with_consumer(subject, config).await;
-    publish(&broker, &[("s.a.b", "1"), ("s.b.b", "2"), ("s.b.x", "3"), ("s.a.b.c", "4"), ("s.a.x", "5")]).await;
+    publish(&broker, &[("s.a.b", "1"), ("s.b.b", "2"), ("s.b.x", "3"), ("s.a.b.c", "4"), ("s.a.x", "5")])
+        .await;
     assert_eq!(ids(&fetch(&broker, 10).await), ["1", "3", "4", "5"]);
 }
 

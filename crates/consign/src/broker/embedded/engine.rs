@@ -12,8 +12,8 @@ use super::file::{FileStore, Journal, StreamRecord};
 use super::{Command, Reply};
 use crate::broker::subject::{is_valid_filter, is_valid_subject, matches, overlap};
 use crate::broker::{
-    BrokerError, ConsumerConfig, ConsumerInfo, DeliverPolicy, Delivery, Discard, Message, PubAck, PublishError,
-    Settlement, StoredMessage, StreamConfig, StreamInfo,
+    BrokerError, ConsumerConfig, ConsumerInfo, DeliverPolicy, Delivery, Discard, Message, PubAck,
+    PublishError, Settlement, StoredMessage, StreamConfig, StreamInfo,
 };
 use crate::{Clock, Timestamp};
 
@@ -346,7 +346,9 @@ impl Engine {
 
     async fn ensure_consumer(&mut self, stream: &str, config: ConsumerConfig) -> Result<(), BrokerError> {
         if config.durable.is_empty() || config.max_ack_pending == 0 {
-            return Err(BrokerError::Config("a consumer needs a name and room for one unsettled message".into()));
+            return Err(BrokerError::Config(
+                "a consumer needs a name and room for one unsettled message".into(),
+            ));
         }
         if let (Some(max), n) = (config.max_deliver, config.backoff.len())
             && n > max as usize
@@ -414,7 +416,9 @@ impl Engine {
         while self.streams[&name].is_full_with(bytes) && self.streams[&name].count > 0 {
             self.remove_first(&name).await.map_err(|e| PublishError::Unknown(e.to_string()))?;
         }
-        let Some(s) = self.streams.get_mut(&name) else { return Err(PublishError::NoStream(message.subject)) };
+        let Some(s) = self.streams.get_mut(&name) else {
+            return Err(PublishError::NoStream(message.subject));
+        };
         s.dirty = true;
         s.last += 1;
         s.count += 1;
@@ -469,7 +473,8 @@ impl Engine {
                 (a, b) => a.or(b).unwrap_or(s.last + 1),
             };
             // Without an index by subject, messages lie without gaps.
-            s.first = if s.config.max_messages_per_subject.is_some() || s.count == 0 { next } else { sequence + 1 };
+            s.first =
+                if s.config.max_messages_per_subject.is_some() || s.count == 0 { next } else { sequence + 1 };
         }
         let id = s.id;
         self.journal.delete(id, sequence);
@@ -554,7 +559,9 @@ impl Engine {
             let Some(age) = self.streams.get(&name).and_then(|s| s.config.max_age) else { continue };
             // A bounded step each second keeps everything else moving.
             for _ in 0..10_000 {
-                let Some(first) = self.streams.get(&name).filter(|s| s.count > 0).map(|s| s.first) else { break };
+                let Some(first) = self.streams.get(&name).filter(|s| s.count > 0).map(|s| s.first) else {
+                    break;
+                };
                 match self.get(&name, first).await {
                     Ok(Some(m)) if m.stored_at >= now - age => break,
                     Ok(_) => {}
@@ -588,7 +595,10 @@ impl Engine {
     pub(super) fn expire(&mut self) {
         let now = Instant::now();
         for c in self.streams.values_mut().flat_map(|s| s.consumers.values_mut()) {
-            let (over, still) = c.waiting.drain(..).partition::<VecDeque<_>, _>(|w| w.until <= now && c.due.is_empty() && c.pending == 0);
+            let (over, still) = c
+                .waiting
+                .drain(..)
+                .partition::<VecDeque<_>, _>(|w| w.until <= now && c.due.is_empty() && c.pending == 0);
             c.waiting = still;
             for w in over {
                 let _ = w.reply.send(Ok(Vec::new()));
@@ -641,7 +651,9 @@ impl Engine {
             .due
             .iter()
             .take_while(|(at, _)| *at <= now)
-            .filter_map(|&(_, s)| c.unsettled.get(&s).filter(|u| u.delivered >= max).map(|u| (s, u.delivered)))
+            .filter_map(|&(_, s)| {
+                c.unsettled.get(&s).filter(|u| u.delivered >= max).map(|u| (s, u.delivered))
+            })
             .collect();
         for (sequence, delivered) in spent {
             self.consumer(stream, durable)?.settle(sequence);
@@ -707,9 +719,15 @@ impl Engine {
             let tail = s.messages.keys().next().copied().unwrap_or(s.last + 1);
             if from >= tail {
                 c.read_ahead.clear();
-                return Ok(s.messages.range(from..).map(|(_, m)| m).find(|m| c.wants(&m.message.subject)).cloned());
+                return Ok(s
+                    .messages
+                    .range(from..)
+                    .map(|(_, m)| m)
+                    .find(|m| c.wants(&m.message.subject))
+                    .cloned());
             }
-            if let Some(m) = c.read_ahead.range(from..).map(|(_, m)| m).find(|m| c.wants(&m.message.subject)) {
+            if let Some(m) = c.read_ahead.range(from..).map(|(_, m)| m).find(|m| c.wants(&m.message.subject))
+            {
                 return Ok(Some(Arc::clone(m)));
             }
             let behind = c.read_ahead.last_key_value().map_or(0, |(&k, _)| k + 1);

@@ -95,7 +95,10 @@ impl Journal {
     }
 
     pub(super) fn is_empty(&self) -> bool {
-        self.inserts.is_empty() && self.deletes.is_empty() && self.streams.is_empty() && self.consumers.is_empty()
+        self.inserts.is_empty()
+            && self.deletes.is_empty()
+            && self.streams.is_empty()
+            && self.consumers.is_empty()
     }
 
     pub(super) fn clear(&mut self) {

@@ -167,8 +167,7 @@ impl Broker for EmbeddedBroker {
 
     async fn publish(&self, messages: Vec<Message>) -> Vec<Result<PubAck, PublishError>> {
         let count = messages.len();
-        let closed =
-            || vec![Err(PublishError::Unknown("the embedded broker is closed".into())); count];
+        let closed = || vec![Err(PublishError::Unknown("the embedded broker is closed".into())); count];
         let (reply, answer) = oneshot::channel();
         if self.commands.send(Command::Publish { messages, reply }).await.is_err() {
             return closed();
