@@ -33,6 +33,7 @@ const DEMO_STOCK: i64 = 1_000_000;
 pub struct System {
     broker: Arc<EmbeddedBroker>,
     services: Vec<Running>,
+    gateway: SimulatedGateway,
     /// Where they listen.
     pub endpoints: Endpoints,
     /// What admins need.
@@ -57,12 +58,11 @@ impl System {
         let gateway = SimulatedGateway::open(&dir.file("gateway.db"), config.payment.gateway, clock).await?;
         // The owners of streams first; consumers wait for streams that are not there yet.
         let inventory = inventory::service(&config.inventory, inventory_db, broker()).start().await?;
-        let payment = payment::service(&config.payment, payment_db, broker(), gateway).start().await?;
+        let payment = payment::service(&config.payment, payment_db, broker(), gateway.clone()).start().await?;
         let order = order::service(&config.order, order_db, broker()).start().await?;
         let url = |r: &Running| format!("http://{}", r.address());
         let endpoints = Endpoints { order: url(&order), inventory: url(&inventory), payment: url(&payment) };
-        std::fs::write(dir.file(Endpoints::FILE), serde_json::to_vec_pretty(&endpoints)?)?;
-        Ok(Self { broker: embedded, services: vec![order, payment, inventory], endpoints, admin_token })
+        Ok(Self { broker: embedded, services: vec![order, payment, inventory], gateway, endpoints, admin_token })
     }
 
     /// Makes the demo products if there are none, and waits until orders can be placed.
@@ -105,13 +105,14 @@ impl System {
         Err("the order service did not learn the products within 5 s; see its log".into())
     }
 
-    /// Drains all services at the same time, then the broker.
+    /// Drains all services at the same time, then closes what they used.
     pub async fn stop(self) {
         let mut stopping = tokio::task::JoinSet::new();
         for service in self.services {
             stopping.spawn(service.shutdown(DRAIN));
         }
         stopping.join_all().await;
+        self.gateway.close().await;
         self.broker.close().await;
     }
 }
@@ -128,6 +129,8 @@ pub async fn run(config: Config) -> Result<(), BoxError> {
         system.seed_demo().await?;
     }
     system.until_orders_can_be_placed().await?;
+    // Whoever looks for a running system finds it only now that everything works.
+    std::fs::write(dir.file(Endpoints::FILE), serde_json::to_vec_pretty(&system.endpoints)?)?;
     print_welcome(&system, &data_dir.display().to_string());
     stop_signal().await;
     eprintln!("draining; Ctrl-C again stops at once");

@@ -109,6 +109,11 @@ impl SimulatedGateway {
         Ok(Self { knobs: Arc::new(RwLock::new(knobs)), ledger, writes })
     }
 
+    /// Closes the ledger.
+    pub async fn close(&self) {
+        self.ledger.close().await;
+    }
+
     /// How it behaves now.
     pub fn knobs(&self) -> Knobs {
         *self.knobs.read().unwrap_or_else(PoisonError::into_inner)
