@@ -80,9 +80,20 @@ impl Client {
         response.json().await.map_err(|source| ClientError::Unexpected { url: self.base.clone(), source })
     }
 
-    /// `GET` with query parameters.
+    /// `GET` of a path.
     pub async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, ClientError> {
         self.send(self.request(Method::GET, path)).await
+    }
+
+    /// `GET` with those query parameters that have a value.
+    pub async fn query<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        query: &[(&str, Option<&str>)],
+    ) -> Result<T, ClientError> {
+        let query: Vec<(&str, &str)> =
+            query.iter().filter_map(|(name, value)| Some((*name, (*value)?))).collect();
+        self.send(self.request(Method::GET, path).query(&query)).await
     }
 
     /// `POST` of a JSON body.

@@ -69,17 +69,17 @@ pub type Services = [(&'static str, Client); 3];
 pub async fn run(command: Command, services: &Services, format: Format) -> Result<(), BoxError> {
     match command {
         Command::List { filter, status, limit } => {
-            let mut query = format!("/admin/dead-letters?status={status}&limit={limit}");
-            for (key, value) in
-                [("consumer", filter.consumer), ("event", filter.event), ("reason", filter.reason)]
-            {
-                if let Some(value) = value {
-                    query.push_str(&format!("&{key}={value}"));
-                }
-            }
+            let limit = limit.to_string();
+            let query = [
+                ("status", Some(status.as_str())),
+                ("limit", Some(limit.as_str())),
+                ("consumer", filter.consumer.as_deref()),
+                ("event", filter.event.as_deref()),
+                ("reason", filter.reason.as_deref()),
+            ];
             let mut letters = Vec::new();
             for (_, client) in services {
-                let page: Value = client.get(&query).await?;
+                let page: Value = client.query("/admin/dead-letters", &query).await?;
                 letters.extend(page["dead_letters"].as_array().cloned().unwrap_or_default());
             }
             print_list(&letters, format)

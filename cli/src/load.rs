@@ -244,8 +244,8 @@ async fn wait_for_end(
     spinner.enable_steady_tick(Duration::from_millis(200));
     for status in ["pending", "reserved"] {
         loop {
-            let path = format!("/orders?customer_id={customer}&status={status}&limit=1");
-            let page: Page<Value> = client.get(&path).await?;
+            let query = [("customer_id", Some(customer)), ("status", Some(status)), ("limit", Some("1"))];
+            let page: Page<Value> = client.query("/orders", &query).await?;
             if page.orders.is_empty() || waiting.elapsed() > limit {
                 break;
             }
@@ -257,11 +257,8 @@ async fn wait_for_end(
     let mut ended = Vec::new();
     let mut cursor = None::<String>;
     loop {
-        let mut path = format!("/orders?customer_id={customer}&limit=500");
-        if let Some(cursor) = &cursor {
-            path.push_str(&format!("&cursor={cursor}"));
-        }
-        let page: Page<Ended> = client.get(&path).await?;
+        let query = [("customer_id", Some(customer)), ("limit", Some("500")), ("cursor", cursor.as_deref())];
+        let page: Page<Ended> = client.query("/orders", &query).await?;
         bar.inc(page.orders.len() as u64);
         ended.extend(page.orders.into_iter().filter(|o| o.status == "confirmed" || o.status == "cancelled"));
         cursor = page.next_cursor;

@@ -121,13 +121,13 @@ fn show(order: &Value, format: Format) -> Result<(), BoxError> {
 }
 
 async fn list(client: &Client, l: &List, format: Format) -> Result<(), BoxError> {
-    let mut path = format!("/orders?limit={}", l.limit);
-    for (key, value) in [("status", &l.status), ("customer_id", &l.customer)] {
-        if let Some(value) = value {
-            path.push_str(&format!("&{key}={value}"));
-        }
-    }
-    let page: Value = client.get(&path).await?;
+    let limit = l.limit.to_string();
+    let query = [
+        ("limit", Some(limit.as_str())),
+        ("status", l.status.as_deref()),
+        ("customer_id", l.customer.as_deref()),
+    ];
+    let page: Value = client.query("/orders", &query).await?;
     if format == Format::Json {
         println!("{}", serde_json::to_string_pretty(&page)?);
         return Ok(());

@@ -56,13 +56,23 @@ impl System {
         let inventory_db = inventory::open(&dir.file("inventory.db"), clock.clone()).await?;
         let payment_db = payment::open(&dir.file("payment.db"), clock.clone()).await?;
         let gateway = SimulatedGateway::open(&dir.file("gateway.db"), config.payment.gateway, clock).await?;
-        // The owners of streams first; consumers wait for streams that are not there yet.
-        let inventory = inventory::service(&config.inventory, inventory_db, broker()).start().await?;
-        let payment = payment::service(&config.payment, payment_db, broker(), gateway.clone()).start().await?;
-        let order = order::service(&config.order, order_db, broker()).start().await?;
+        let inventory = inventory::service(&config.inventory, inventory_db, broker());
+        let payment = payment::service(&config.payment, payment_db, broker(), gateway.clone());
+        let order = order::service(&config.order, order_db, broker());
+        for service in [&inventory, &payment, &order] {
+            service.provision().await?;
+        }
+        let (inventory, payment, order) =
+            (inventory.start().await?, payment.start().await?, order.start().await?);
         let url = |r: &Running| format!("http://{}", r.address());
         let endpoints = Endpoints { order: url(&order), inventory: url(&inventory), payment: url(&payment) };
-        Ok(Self { broker: embedded, services: vec![order, payment, inventory], gateway, endpoints, admin_token })
+        Ok(Self {
+            broker: embedded,
+            services: vec![order, payment, inventory],
+            gateway,
+            endpoints,
+            admin_token,
+        })
     }
 
     /// Makes the demo products if there are none, and waits until orders can be placed.

@@ -1,4 +1,5 @@
 //! What the tests of the whole share: the three services on virtual time, and the real program as a process.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "in tests, a panic is how a step fails")]
 
 use std::path::PathBuf;
 use std::process::Stdio;

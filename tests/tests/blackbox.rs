@@ -1,4 +1,5 @@
 //! The real program as a process: killed at random, corrupted on purpose, spoken to badly.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "in tests, a panic is how a step fails")]
 
 use std::time::Duration;
 

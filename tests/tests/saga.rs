@@ -1,4 +1,5 @@
 //! The saga on virtual time: the production services, no server.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "in tests, a panic is how a step fails")]
 
 use std::time::Duration;
 

@@ -233,9 +233,10 @@ impl Layers {
             if let Err(e) = alone.try_into::<T>() {
                 let message = e.to_string();
                 let message = message.lines().next().unwrap_or_default();
-                faults.push(match message.contains(&format!("`{section}`")) {
-                    true => message.to_owned(),
-                    false => format!("{section}: {}", message.trim_end()),
+                faults.push(if message.contains(&format!("`{section}`")) {
+                    message.to_owned()
+                } else {
+                    format!("{section}: {}", message.trim_end())
                 });
             }
         }

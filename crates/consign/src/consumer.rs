@@ -211,7 +211,7 @@ struct Entry<'a> {
 struct Reject {
     reason: Reason,
     error: String,
-    envelope: Option<Envelope>,
+    envelope: Option<Box<Envelope>>,
 }
 
 struct Worker {
@@ -353,7 +353,7 @@ impl Worker {
     fn decode(&self, stored: &StoredMessage, delivered: u32) -> Result<(Incoming, &Route), Reject> {
         let undecodable = |error: String| Reject { reason: Reason::Undecodable, error, envelope: None };
         let envelope = Envelope::from_message(&stored.message).map_err(|e| undecodable(e.to_string()))?;
-        let reject = |reason, error| Reject { reason, error, envelope: Some(envelope.clone()) };
+        let reject = |reason, error| Reject { reason, error, envelope: Some(Box::new(envelope.clone())) };
         let Some(route) = self.consumer.routes.get(&envelope.name()) else {
             return Err(reject(Reason::Unaccepted, format!("{} is not accepted here", envelope.name())));
         };
@@ -491,9 +491,9 @@ impl Worker {
         let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(10));
         loop {
             let buried = async {
-                let cause = envelope.as_ref().map_or_else(Cause::new, Envelope::as_cause);
+                let cause = envelope.as_deref().map_or_else(Cause::new, Envelope::as_cause);
                 let mut tx = self.db.begin_for(cause).await?;
-                self.bury(&mut tx, delivery, envelope.as_ref(), reason, &error, 0).await?;
+                self.bury(&mut tx, delivery, envelope.as_deref(), reason, &error, 0).await?;
                 tx.commit().await
             };
             match buried.await {

@@ -39,7 +39,7 @@ impl RetryPolicy {
 /// using up every attempt within milliseconds.
 fn delay(base: Duration, cap: Duration, n: u32) -> Duration {
     let ceiling = base.saturating_mul(2u32.saturating_pow(n.min(20) + 1)).min(cap).max(base);
-    base + (ceiling - base).mul_f64(rand::rng().random::<f64>())
+    base + ceiling.saturating_sub(base).mul_f64(rand::rng().random::<f64>())
 }
 
 /// Waits of a loop that tries again until it works.

@@ -171,12 +171,19 @@ impl Service {
         self
     }
 
-    /// Starts it: streams, then the relay, tasks and consumers, then HTTP. When this returns, requests are answered.
-    pub async fn start(self) -> Result<Running, StartError> {
-        let name = self.db.service().to_owned();
+    /// Makes the streams it owns; done by [`Service::start`] too. Where several services start together, all streams first saves their
+    /// consumers from waiting for one another.
+    pub async fn provision(&self) -> Result<(), StartError> {
         for config in &self.streams {
             ensure_stream(self.broker.as_ref(), config).await?;
         }
+        Ok(())
+    }
+
+    /// Starts it: streams, then the relay, tasks and consumers, then HTTP. When this returns, requests are answered.
+    pub async fn start(self) -> Result<Running, StartError> {
+        let name = self.db.service().to_owned();
+        self.provision().await?;
         let address = self.config.http.listen;
         let listener = TcpListener::bind(address).await.map_err(|source| StartError::Listen {
             service: name.clone(),
@@ -248,6 +255,7 @@ fn finish(
 ) -> Router {
     aide::generate::infer_responses(true);
     aide::generate::extract_schemas(true);
+    #[expect(clippy::default_trait_access, reason = "the map's type is a dependency of aide's, not of ours")]
     let bearer = SecurityScheme::Http {
         scheme: "bearer".into(),
         bearer_format: None,

@@ -187,11 +187,14 @@ pub(crate) async fn work<H: TaskHandler>(
 /// Looks at the table after this long even if nothing was announced.
 const LOOK: Duration = Duration::from_secs(10);
 
+/// A task that was run, and what came of it.
+type Ran<H> = (Leased<<H as TaskHandler>::Task>, Result<<H as TaskHandler>::Output, BoxError>);
+
 struct Worker<H: TaskHandler> {
     db: Db,
     handler: Arc<H>,
     options: TaskOptions,
-    running: JoinSet<(Leased<H::Task>, Result<H::Output, BoxError>)>,
+    running: JoinSet<Ran<H>>,
     /// When the next task falls due, as far as is known.
     next_due: Option<Timestamp>,
 }
@@ -300,10 +303,7 @@ impl<H: TaskHandler> Worker<H> {
     }
 
     /// Commits what has finished so far, all at once.
-    async fn collect(
-        &mut self,
-        first: Result<(Leased<H::Task>, Result<H::Output, BoxError>), tokio::task::JoinError>,
-    ) {
+    async fn collect(&mut self, first: Result<Ran<H>, tokio::task::JoinError>) {
         let mut done = Vec::new();
         let mut failed = Vec::new();
         let mut next = Some(first);

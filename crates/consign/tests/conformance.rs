@@ -1,4 +1,5 @@
 //! The embedded broker, in memory and in a file, against the broker conformance suite.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "in tests, a panic is how a step fails")]
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;

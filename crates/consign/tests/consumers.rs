@@ -1,4 +1,5 @@
 //! Consumers, handlers, dead letters, outbox and tasks on the in-memory broker and virtual time.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "in tests, a panic is how a step fails")]
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -528,13 +529,14 @@ async fn a_failing_task_is_tried_until_it_works_panics_included() {
     bench.time.until_within(MINUTES, Duration::from_secs(1), "success", done).await;
 }
 
+/// Nobody stores its subject, until somebody does.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema, Event)]
+#[event(type = "orphans.made", version = 1)]
+struct Orphan {}
+
 #[tokio::test(start_paused = true)]
 async fn a_row_the_broker_refuses_does_not_hold_up_the_rest() {
     let rig = Rig::start(false).await;
-    // Nobody stores these subjects, until somebody does.
-    #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema, Event)]
-    #[event(type = "orphans.made", version = 1)]
-    struct Orphan {}
     let mut tx = rig.db.begin().await.unwrap();
     tx.emit(Emission::new(Orphan {}, "x", 1)).unwrap();
     tx.emit(Emission::new(Noted { number: 7 }, "7", 1)).unwrap();

@@ -49,8 +49,8 @@ async fn payments(tx: &mut Tx, orders: Vec<Uuid>) -> Result<Vec<Option<Payment>>
     Ok(orders.iter().map(|id| found.remove(id)).collect())
 }
 
-fn known<'a>(payment: &'a Option<Payment>, order: &Uuid) -> Result<&'a Payment, BoxError> {
-    payment.as_ref().ok_or_else(|| format!("there is no payment of order {order}").into())
+fn known<'a>(payment: Option<&'a Payment>, order: &Uuid) -> Result<&'a Payment, BoxError> {
+    payment.ok_or_else(|| format!("there is no payment of order {order}").into())
 }
 
 /// What a charge came to.
@@ -90,7 +90,7 @@ impl TaskHandler for Calls {
         task: &Leased<ChargeTask>,
         payment: &Option<Payment>,
     ) -> Result<ChargeOutcome, BoxError> {
-        let p = known(payment, &task.payload.order_id)?;
+        let p = known(payment.as_ref(), &task.payload.order_id)?;
         let key = p.payment_id.to_string();
         // Tried before: it may have been charged although no answer came. Asking settles it.
         if task.attempts > 1
@@ -140,7 +140,7 @@ impl TaskHandler for Refunds {
     }
 
     async fn run(&self, task: &Leased<RefundTask>, payment: &Option<Payment>) -> Result<(), BoxError> {
-        let p = known(payment, &task.payload.order_id)?;
+        let p = known(payment.as_ref(), &task.payload.order_id)?;
         if p.state.status == Status::Refunding {
             let charge = p.payment_id.to_string();
             self.0.gateway.refund(&format!("refund-{charge}"), &charge, p.amount).await?;

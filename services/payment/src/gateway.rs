@@ -201,7 +201,7 @@ async fn write(tx: &mut Tx, group: &[Entry]) -> Result<Vec<Option<String>>, DbEr
     for entry in group {
         match entry {
             Entry::Charge { key, declined, amount, currency } => {
-                charges.push((key, declined, amount, currency))
+                charges.push((key, declined, amount, currency));
             }
             Entry::Refund { key, charge_key, amount } => refunds.push((key, charge_key, amount)),
         }

@@ -44,6 +44,7 @@ pub struct HttpConfig {
     pub admin_token: Option<SecretString>,
 }
 
+#[expect(clippy::ref_option, reason = "serde hands over a reference to the field")]
 fn redacted<S: Serializer>(_: &Option<SecretString>, s: S) -> Result<S::Ok, S::Error> {
     s.serialize_str("(set)")
 }

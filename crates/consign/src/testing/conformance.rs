@@ -1,5 +1,6 @@
 //! What every broker must do, written against the trait: each test is named after the promise it checks. Run it with
 //! [`run`], handing in how to make a broker and how to let time pass.
+#![allow(clippy::expect_used, reason = "in tests, a panic is how a step fails")]
 
 use std::collections::BTreeSet;
 use std::future::Future;

@@ -361,16 +361,15 @@ impl Engine {
         let s = self.stream(stream)?;
         let (id, first, last) = (s.id, s.first, s.last);
         let existing = s.consumers.remove(&config.durable);
-        let mut c = match existing {
-            Some(c) => Consumer { config: config.clone(), ..c },
-            None => {
-                let next = match config.deliver {
-                    DeliverPolicy::All => first,
-                    DeliverPolicy::New => last + 1,
-                    DeliverPolicy::FromSequence(from) => from.clamp(first, last + 1),
-                };
-                Consumer::new(config.clone(), next)
-            }
+        let mut c = if let Some(c) = existing {
+            Consumer { config: config.clone(), ..c }
+        } else {
+            let next = match config.deliver {
+                DeliverPolicy::All => first,
+                DeliverPolicy::New => last + 1,
+                DeliverPolicy::FromSequence(from) => from.clamp(first, last + 1),
+            };
+            Consumer::new(config.clone(), next)
         };
         c.pending = 0;
         match &mut self.file {
