@@ -29,9 +29,15 @@ pub struct System {
 impl System {
     /// All three, with 100 of `book` (1000 cents) and 5 of `lamp` (2500 cents) in stock.
     pub async fn start() -> Self {
+        Self::start_with(|_| {}).await
+    }
+
+    /// The same, with order configured by `configure`.
+    pub async fn start_with(configure: impl FnOnce(&mut order::Config)) -> Self {
         let bench = Bench::start();
         let clock = bench.time.clock();
         let mut order_config = order::Config::default();
+        configure(&mut order_config);
         let mut inventory_config = inventory::Config::default();
         let mut payment_config = payment::Config::default();
         for http in [&mut order_config.http, &mut inventory_config.0.http, &mut payment_config.http] {
@@ -89,6 +95,21 @@ impl System {
         order["id"].as_str().unwrap().to_owned()
     }
 
+    /// Tries to place an order; the status of the answer and its `Retry-After`.
+    pub async fn try_to_place(&self, product: &str) -> (u16, Option<String>) {
+        let url = format!("http://{}/orders", self.order.address());
+        let body = json!({"customer_id": "ada", "items": [{"product_id": product, "quantity": 1}]});
+        let response = self.http.post(url).json(&body).send().await.unwrap();
+        let retry_after = response.headers().get("retry-after").map(|v| v.to_str().unwrap().to_owned());
+        (response.status().as_u16(), retry_after)
+    }
+
+    /// The status of one of order's probes.
+    pub async fn probe(&self, path: &str) -> u16 {
+        let url = format!("http://{}{path}", self.order.address());
+        self.http.get(url).send().await.unwrap().status().as_u16()
+    }
+
     /// Asks for an order's cancellation; the status of the answer.
     pub async fn cancel(&self, id: &str) -> u16 {
         let url = format!("http://{}/orders/{id}/cancel", self.order.address());
@@ -98,6 +119,18 @@ impl System {
     async fn get(&self, service: &Running, path: &str) -> Value {
         let url = format!("http://{}{path}", service.address());
         self.http.get(url).bearer_auth(TOKEN).send().await.unwrap().json().await.unwrap()
+    }
+
+    /// What the order service answers its admin.
+    pub async fn admin_get(&self, path: &str) -> Value {
+        self.get(&self.order, path).await
+    }
+
+    /// The same for a change; with the status.
+    pub async fn admin_post(&self, path: &str, body: &Value) -> (u16, Value) {
+        let url = format!("http://{}{path}", self.order.address());
+        let response = self.http.post(url).bearer_auth(TOKEN).json(body).send().await.unwrap();
+        (response.status().as_u16(), response.json().await.unwrap())
     }
 
     /// An order.

@@ -10,6 +10,7 @@ use consign::event::{Cause, Envelope};
 use consign_tests::System;
 use contracts::{OrderCancelled, PaymentSucceeded};
 use payment::gateway::Knobs;
+use serde_json::json;
 use uuid::Uuid;
 
 const CALM: Knobs = Knobs { latency_ms: 0, decline_rate: 0.0, failure_rate: 0.0 };
@@ -173,6 +174,27 @@ async fn an_event_for_an_unknown_order_is_retried_and_then_kept() {
         .time
         .until_within(Duration::from_secs(600), Duration::from_secs(1), "a dead letter", dead)
         .await;
+
+    // An operator finds it over HTTP, whole, runs it again in vain, and gives it up.
+    let list = system.admin_get("/admin/dead-letters?reason=retries_exhausted").await;
+    let id = list["dead_letters"][0]["id"].as_str().unwrap().to_owned();
+    let whole = system.admin_get(&format!("/admin/dead-letters/{id}")).await;
+    assert_eq!(whole["payload"]["order_id"], event.order_id.to_string());
+    assert_eq!(whole["audit"][0]["action"], "dead");
+    assert!(whole["error"].as_str().unwrap().contains("there is no order"), "{whole}");
+    let all = json!({"filter": {"ids": [id]}});
+    let dry = json!({"filter": {"consumer": "order-payments"}, "dry_run": true});
+    assert_eq!(system.admin_post("/admin/dead-letters/redrive", &dry).await.1["ids"], json!([id]));
+    assert_eq!(system.admin_post("/admin/dead-letters/redrive", &json!({})).await.0, 400, "all must be said");
+    assert_eq!(system.admin_post("/admin/dead-letters/redrive", &all).await.1["ids"], json!([id]));
+    let again = async || system.admin_get(&format!("/admin/dead-letters/{id}")).await["redrives"] == 1;
+    system.bench.time.until("the redrive in vain", again).await;
+    assert_eq!(system.admin_post("/admin/dead-letters/discard", &all).await.1["ids"], json!([id]));
+    assert_eq!(system.admin_post("/admin/dead-letters/redrive", &all).await.1["ids"], json!([]));
+    let actions = system.admin_get(&format!("/admin/dead-letters/{id}")).await["audit"].clone();
+    let actions: Vec<&str> =
+        actions.as_array().unwrap().iter().map(|a| a["action"].as_str().unwrap()).collect();
+    assert_eq!(actions, ["dead", "queued", "failed_again", "discarded"]);
 }
 
 #[tokio::test(start_paused = true)]
@@ -212,4 +234,21 @@ async fn nothing_is_oversold_when_many_want_the_last_ones() {
     system.settled().await;
     assert_eq!(confirmed, 5);
     assert_eq!(system.stock_of("lamp").await, (0, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_broker_outage_is_absorbed_until_the_outbox_is_full() {
+    let system = System::start_with(|order| order.outbox.max_pending = 10).await;
+    system.bench.broker.close().await;
+    for _ in 0..10 {
+        assert_eq!(system.try_to_place("book").await.0, 202, "an outage is absorbed");
+    }
+    let full = async || system.order.db().outbox_depth() == 10;
+    system.bench.time.until("ten events waiting", full).await;
+    let (status, retry_after) = system.try_to_place("book").await;
+    assert_eq!((status, retry_after.is_some()), (503, true), "and then refused, with when to try again");
+    assert_eq!(
+        (system.probe("/livez").await, system.probe("/readyz").await, system.probe("/health").await),
+        (200, 503, 503)
+    );
 }

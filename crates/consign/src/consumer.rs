@@ -422,6 +422,14 @@ impl Worker {
         }
         slot.take()?.commit().await?;
         self.count("handled", fresh.len());
+        if tracing::enabled!(tracing::Level::DEBUG) {
+            for Entry { incoming: Incoming { envelope, .. }, .. } in &fresh {
+                tracing::debug!(
+                    consumer = &*self.consumer.name, event = envelope.name(), event_id = %envelope.id,
+                    correlation_id = %envelope.cause.correlation_id, "handled"
+                );
+            }
+        }
         Ok(())
     }
 

@@ -9,7 +9,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use axum::extract::State;
 use bytes::Bytes;
-use consign::broker::{Broker, Message, StreamConfig};
+use consign::broker::{Broker, ConsumerConfig, Message, StreamConfig};
 use consign::config::ServiceConfig;
 use consign::dead_letter::{self, Filter, Status};
 use consign::event::{Cause, Envelope};
@@ -115,13 +115,31 @@ struct Rig {
     service: Running,
 }
 
+fn message(bench: &Bench, number: u32) -> Message {
+    let envelope = Envelope {
+        id: Uuid::now_v7(),
+        event_type: Happened::TYPE.into(),
+        version: 1,
+        source: "/services/test".into(),
+        aggregate_id: number.to_string(),
+        aggregate_version: 1,
+        time: bench.time.clock().now(),
+        cause: Cause::new(),
+        lane: consign::Lane::Standard,
+    };
+    envelope.into_message(None, Bytes::from(serde_json::to_vec(&Happened { number }).unwrap()))
+}
+
 impl Rig {
     async fn start(batch: bool) -> Self {
         Self::with(Consumer::new("notes", "THINGS"), batch).await
     }
 
     async fn with(consumer: Consumer<Mood>, batch: bool) -> Self {
-        let bench = Bench::start();
+        Self::on(Bench::start(), consumer, batch).await
+    }
+
+    async fn on(bench: Bench, consumer: Consumer<Mood>, batch: bool) -> Self {
         let db = Db::open(&bench.file("notes.db"), "notes", MIGRATIONS, bench.time.clock()).await.unwrap();
         let mood = Mood::default();
         let consumer = if batch { consumer.on(many) } else { consumer.on(one) };
@@ -136,18 +154,7 @@ impl Rig {
     }
 
     fn message(&self, number: u32) -> Message {
-        let envelope = Envelope {
-            id: Uuid::now_v7(),
-            event_type: Happened::TYPE.into(),
-            version: 1,
-            source: "/services/test".into(),
-            aggregate_id: number.to_string(),
-            aggregate_version: 1,
-            time: self.bench.time.clock().now(),
-            cause: Cause::new(),
-            lane: consign::Lane::Standard,
-        };
-        envelope.into_message(None, Bytes::from(serde_json::to_vec(&Happened { number }).unwrap()))
+        message(&self.bench, number)
     }
 
     async fn publish(&self, messages: Vec<Message>) {
@@ -239,6 +246,26 @@ async fn the_fifth_failure_is_a_dead_letter_and_a_redrive_heals() {
     let redriven = async || rig.dead(Status::Redriven).await.len() == 1;
     rig.bench.time.until("redriven", redriven).await;
     assert_eq!(redrive().await, 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_somebody_took_and_never_settled_comes_again_after_ack_wait() {
+    // Another replica fetches the event, and dies.
+    let bench = Bench::start();
+    bench.broker.ensure_stream(&StreamConfig::new("THINGS", &["things.>"])).await.unwrap();
+    let config = ConsumerConfig::new("notes", vec!["things.happened.v1.>".into()]);
+    bench.broker.ensure_consumer("THINGS", &config).await.unwrap();
+    bench.broker.publish(vec![message(&bench, 1)]).await.remove(0).unwrap();
+    assert_eq!(bench.broker.fetch("THINGS", "notes", 1, Duration::from_secs(1)).await.unwrap().len(), 1);
+    let rig = Rig::on(bench, Consumer::new("notes", "THINGS"), false).await;
+    rig.bench.time.advance(Duration::from_secs(28)).await;
+    assert_eq!(rig.notes().await, [], "not before AckWait");
+    rig.bench.time.advance(Duration::from_secs(4)).await;
+    rig.until_notes(&[(1, 1)]).await;
+    rig.settled().await;
+    let counted: i64 =
+        sqlx::query_scalar("SELECT COUNT(*) FROM failures").fetch_one(rig.db.readers()).await.unwrap();
+    assert_eq!(counted, 0, "a death is not the event's failure");
 }
 
 #[tokio::test(start_paused = true)]

@@ -138,7 +138,8 @@ impl Db {
             .max_connections(4)
             .acquire_timeout(Duration::from_secs(5))
             .test_before_acquire(false)
-            .connect_with(options.read_only(true))
+            // Every commit of the writer empties a reader's cache, so a large one is only memory.
+            .connect_with(options.read_only(true).pragma("cache_size", "-4000"))
             .await?;
         Ok(Self(Arc::new(Inner {
             service: service.to_owned(),

@@ -18,7 +18,7 @@ use crate::broker::{
 use crate::{Clock, Timestamp};
 
 /// With a file, this many of the latest messages of a stream stay in memory; a consumer further back reads the file.
-const TAIL: usize = 16_384;
+const TAIL: usize = 4_096;
 /// How many messages are read from the file at once.
 const READ_AHEAD: usize = 512;
 
