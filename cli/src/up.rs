@@ -167,7 +167,7 @@ Try it:
 
   curl -s {inventory}/products
   curl -s {order}/orders -H 'Content-Type: application/json' -d '{{\"customer_id\":\"ada\",\"items\":[{{\"product_id\":\"coffee\",\"quantity\":2}}]}}'
-  curl -s '{order}/orders?customer_id=ada&limit=1'
+  curl -s '{order}/orders?customer_id=ada&limit=1&wait=5'
 
 Ctrl-C stops it in order; killed, it carries on at the next start.",
         token = system.admin_token,

@@ -213,9 +213,21 @@ async fn bad_input_gets_the_right_answer() {
     let large = format!(r#"{{"customer_id":"{}"}}"#, "x".repeat(4000));
     assert_eq!(api.order(&[], &large).await.0, 413);
     assert_eq!(api.order(&[("idempotency-key", "white space")], good).await.0, 400);
-    for query in ["limit=0", "limit=501", "limit=x", "status=lost", "cursor=1", "colour=red"] {
+    for query in ["wait=6", "limit=0", "limit=501", "limit=x", "status=lost", "cursor=1", "colour=red"] {
         assert_eq!(api.send(Method::GET, &format!("{order}?{query}"), &[], "").await.0, 400, "{query}");
     }
+
+    // The lines that are printed for a newcomer: the order has ended by the time the third is answered.
+    let (status, placed) = api.order(&[], &good.replace("ada", "newcomer")).await;
+    assert_eq!(status, 202);
+    let (_, page, _) =
+        api.send(Method::GET, &format!("{order}?customer_id=newcomer&limit=1&wait=5"), &[], "").await;
+    assert_eq!(
+        (&page["orders"][0]["id"], &page["orders"][0]["status"]),
+        (&placed["id"], &json!("confirmed"))
+    );
+    let url = format!("{order}/{}?wait=5", placed["id"].as_str().unwrap());
+    assert_eq!(api.send(Method::GET, &url, &[], "").await.1["status"], "confirmed");
 
     // 422, each field at fault named
     let (status, problem) = api

@@ -1,5 +1,7 @@
 //! Order's HTTP.
 
+use std::time::Duration;
+
 use aide::axum::ApiRouter;
 use aide::axum::routing::{get_with, post_with};
 use axum::Json;
@@ -13,6 +15,7 @@ use consign::{Db, EventId, Lane, Timestamp};
 use contracts::{OrderLine, is_product_id};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::accept::{Acceptor, Answer, Request};
@@ -193,10 +196,38 @@ fn unknown(id: Uuid) -> Problem {
     Problem::not_found(format!("there is no order {id}"))
 }
 
-async fn show(State(db): State<Db>, Path(id): Path<String>) -> Result<Json<OrderView>, Problem> {
+#[derive(Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct ShowParams {
+    /// Answer once the order has ended, or after so many seconds: 0 to 5.
+    wait: Option<u32>,
+}
+
+/// The moment until which a request may wait for orders to end.
+fn wait_until(wait: Option<u32>) -> Result<Instant, Problem> {
+    match wait.unwrap_or(0) {
+        seconds @ 0..=5 => Ok(Instant::now() + Duration::from_secs(seconds.into())),
+        _ => Err(Problem::bad_request("wait: 0 to 5 seconds")),
+    }
+}
+
+/// How often a waiting request looks.
+const LOOK: Duration = Duration::from_millis(10);
+
+async fn show(
+    State(db): State<Db>,
+    Path(id): Path<String>,
+    Params(p): Params<ShowParams>,
+) -> Result<Json<OrderView>, Problem> {
     let id = order_id(&id)?;
-    let found = store::find(db.readers(), id).await?;
-    found.map(|o| Json(o.into())).ok_or_else(|| unknown(id))
+    let until = wait_until(p.wait)?;
+    loop {
+        let Some(order) = store::find(db.readers(), id).await? else { return Err(unknown(id)) };
+        if order.status.is_final() || Instant::now() >= until {
+            return Ok(Json(order.into()));
+        }
+        tokio::time::sleep(LOOK).await;
+    }
 }
 
 #[derive(Clone, Copy, Deserialize, JsonSchema)]
@@ -217,6 +248,8 @@ struct ListParams {
     limit: Option<u32>,
     /// `next_cursor` of the page before.
     cursor: Option<Uuid>,
+    /// Answer once all orders of the page have ended, or after so many seconds: 0 to 5.
+    wait: Option<u32>,
 }
 
 #[derive(Serialize, JsonSchema)]
@@ -237,7 +270,14 @@ async fn list(State(db): State<Db>, Params(p): Params<ListParams>) -> Result<Jso
         StatusParam::Confirmed => Status::Confirmed,
         StatusParam::Cancelled => Status::Cancelled,
     });
-    let mut found = store::list(db.readers(), p.customer_id.as_deref(), status, p.cursor, limit + 1).await?;
+    let until = wait_until(p.wait)?;
+    let mut found = loop {
+        let found = store::list(db.readers(), p.customer_id.as_deref(), status, p.cursor, limit + 1).await?;
+        if found.iter().all(|o| o.status.is_final()) || Instant::now() >= until {
+            break found;
+        }
+        tokio::time::sleep(LOOK).await;
+    };
     let more = found.len() > limit as usize;
     found.truncate(limit as usize);
     let next_cursor = found.last().filter(|_| more).map(|o| o.id);
