@@ -192,6 +192,17 @@ impl Api {
     }
 }
 
+fn references_in<'a>(value: &'a Value, found: &mut Vec<&'a str>) {
+    match value {
+        Value::Object(map) => {
+            found.extend(map.get("$ref").and_then(Value::as_str));
+            map.values().for_each(|v| references_in(v, found));
+        }
+        Value::Array(items) => items.iter().for_each(|v| references_in(v, found)),
+        _ => {}
+    }
+}
+
 fn pointers(problem: &Value) -> Vec<&str> {
     problem["errors"].as_array().into_iter().flatten().filter_map(|e| e["pointer"].as_str()).collect()
 }
@@ -378,6 +389,15 @@ async fn bad_input_gets_the_right_answer() {
         let (status, api_doc, _) = api.send(Method::GET, &format!("{base}/openapi.json"), &[], "").await;
         assert_eq!((status, api_doc["openapi"].as_str().unwrap().starts_with("3.1")), (200, true));
         assert!(api_doc["paths"][path].is_object(), "{path}");
+        let mut references = Vec::new();
+        references_in(&api_doc, &mut references);
+        assert!(!references.is_empty());
+        for reference in references {
+            let found = api_doc.pointer(reference.strip_prefix('#').unwrap());
+            assert!(found.is_some(), "{reference} is nowhere in {base}/openapi.json");
+        }
+        let id = &api_doc["paths"]["/admin/dead-letters/{id}"]["get"]["parameters"][0];
+        assert_eq!((&id["name"], &id["in"]), (&json!("id"), &json!("path")));
         for (path, part) in [
             ("/docs", "<html"),
             ("/livez", "ok"),

@@ -110,13 +110,22 @@ pub struct DeadLetter {
     pub dead_at: Timestamp,
     /// The message's headers; in lists left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub headers: Option<Vec<(String, String)>>,
+    pub headers: Option<Vec<Header>>,
     /// The payload: JSON where it is, text or hexadecimal where not; in lists left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub payload: Option<Value>,
     /// What was done about it; in lists left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub audit: Option<Vec<AuditEntry>>,
+}
+
+/// A header of a message.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+pub struct Header {
+    /// Its name.
+    pub name: String,
+    /// Its value.
+    pub value: String,
 }
 
 /// Something that was done about a dead letter.
@@ -289,7 +298,8 @@ pub async fn get(db: &Db, id: &str) -> Result<Option<DeadLetter>, DbError> {
         sqlx::query("SELECT * FROM dead_letters WHERE id = ?").bind(id).fetch_optional(db.readers()).await?;
     let Some(row) = row else { return Ok(None) };
     let mut letter = read(&row)?;
-    letter.headers = Some(read_headers(&row)?);
+    letter.headers =
+        Some(read_headers(&row)?.into_iter().map(|(name, value)| Header { name, value }).collect());
     letter.payload = Some(payload_as_value(row.try_get("payload")?));
     let entries =
         sqlx::query("SELECT action, detail, at FROM dead_letter_audit WHERE dead_letter_id = ? ORDER BY id")

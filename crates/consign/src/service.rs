@@ -34,6 +34,7 @@ const HOUSEKEEPING: Duration = Duration::from_secs(30);
 /// Rows pruned per transaction.
 const PRUNE_STEP: u64 = 1000;
 
+type MakeRouter = Box<dyn FnOnce() -> ApiRouter + Send>;
 type Worker = Box<dyn FnOnce(CancellationToken) -> Pin<Box<dyn Future<Output = ()> + Send>> + Send>;
 
 /// A service could not start.
@@ -81,7 +82,7 @@ pub struct Service {
     consumers: Vec<ReadyConsumer>,
     workers: Vec<Worker>,
     prunes: Vec<Prune>,
-    router: ApiRouter,
+    routers: Vec<MakeRouter>,
     description: &'static str,
 }
 
@@ -129,7 +130,7 @@ impl Service {
             consumers: Vec::new(),
             workers: Vec::new(),
             prunes,
-            router: ApiRouter::new(),
+            routers: Vec::new(),
             description,
         }
     }
@@ -157,10 +158,10 @@ impl Service {
         self
     }
 
-    /// Answers HTTP.
+    /// Answers HTTP. The router is made at start, in one go with its description: aide gathers schemas per thread.
     #[must_use]
-    pub fn http(mut self, router: ApiRouter) -> Self {
-        self.router = self.router.merge(router);
+    pub fn http(mut self, router: impl FnOnce() -> ApiRouter + Send + 'static) -> Self {
+        self.routers.push(Box::new(router));
         self
     }
 
@@ -208,7 +209,7 @@ impl Service {
             work.spawn(consumer.run(self.db.clone(), Arc::clone(&self.broker), stops.work.clone()));
         }
         work.spawn(housekeeping(Arc::clone(&vitals), self.prunes, stops.work.clone()));
-        let router = finish(self.router, Arc::clone(&vitals), &self.config, &name, self.description);
+        let router = finish(self.routers, Arc::clone(&vitals), &self.config, &name, self.description);
         let stop = stops.http.clone();
         http.spawn(async move {
             // Without this, small answers wait 40 ms for the client's delayed acknowledgement.
@@ -247,12 +248,13 @@ async fn ensure_stream(broker: &dyn Broker, config: &StreamConfig) -> Result<(),
 
 /// The whole router: the service's own routes, the operators', the API's description and page.
 fn finish(
-    router: ApiRouter,
+    routers: Vec<MakeRouter>,
     vitals: Arc<Vitals>,
     config: &ServiceConfig,
     name: &str,
     description: &'static str,
 ) -> Router {
+    aide::generate::reset_context();
     aide::generate::infer_responses(true);
     aide::generate::extract_schemas(true);
     #[expect(clippy::default_trait_access, reason = "the map's type is a dependency of aide's, not of ours")]
@@ -275,6 +277,7 @@ fn finish(
         }),
         ..OpenApi::default()
     };
+    let router = routers.into_iter().fold(ApiRouter::new(), |all, make| all.merge(make()));
     let router = router
         .merge(ops_router(vitals))
         .route("/docs", Scalar::new("/openapi.json").with_title(&format!("Consign: {name}")).axum_route())

@@ -6,7 +6,7 @@ use axum::Json;
 use axum::extract::{Path, State};
 use axum::http::StatusCode;
 use consign::http::idempotency::{self, fingerprint, key_reused};
-use consign::http::{Admin, Body, Correlation, IdempotencyKey, Params, Problem};
+use consign::http::{Admin, Body, Correlation, Id, IdempotencyKey, Params, Problem};
 use consign::schema::Fault;
 use consign::{Db, Emission, Timestamp};
 use contracts::{ProductChanged, is_currency, is_product_id};
@@ -23,8 +23,12 @@ pub fn router(db: Db) -> ApiRouter {
         .api_route("/products", get_with(list, |o| o.summary("All products, by id").tag("products")))
         .api_route(
             "/products/{id}",
-            get_with(show, |o| o.summary("One product").tag("products"))
-                .merge(put_with(put, |o| o.summary("Make or change a product").tag("products"))),
+            get_with(show, |o| o.summary("One product").tag("products")).merge(put_with(put, |o| {
+                o.summary("Make or change a product")
+                    .tag("products")
+                    .response::<200, Json<Product>>()
+                    .response::<201, Json<Product>>()
+            })),
         )
         .api_route(
             "/products/{id}/stock",
@@ -100,7 +104,7 @@ fn unknown(id: &str) -> Problem {
     Problem::not_found(format!("there is no product {id:?}"))
 }
 
-async fn show(State(db): State<Db>, Path(id): Path<String>) -> Result<Json<Product>, Problem> {
+async fn show(State(db): State<Db>, Path(Id { id }): Path<Id>) -> Result<Json<Product>, Problem> {
     let found = store::find(db.readers(), &id).await?;
     found.map(|p| Json(p.into())).ok_or_else(|| unknown(&id))
 }
@@ -121,7 +125,7 @@ struct PutProduct {
 async fn put(
     _: Admin,
     State(db): State<Db>,
-    Path(id): Path<String>,
+    Path(Id { id }): Path<Id>,
     Correlation(cause): Correlation,
     Body { value: body, .. }: Body<PutProduct>,
 ) -> Result<(StatusCode, Json<Product>), Problem> {
@@ -168,7 +172,7 @@ struct MoveStock {
 async fn move_stock(
     _: Admin,
     State(db): State<Db>,
-    Path(id): Path<String>,
+    Path(Id { id }): Path<Id>,
     Correlation(cause): Correlation,
     IdempotencyKey(key): IdempotencyKey,
     Body { value: body, raw: _ }: Body<MoveStock>,

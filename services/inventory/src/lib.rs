@@ -60,5 +60,5 @@ pub fn service(config: &Config, db: Db, broker: Arc<dyn Broker>) -> Service {
     .stream(StreamConfig::new(streams::INVENTORY, &["inventory.>"]))
     .stream(StreamConfig::new(streams::PRODUCTS, &["products.>"]).last_per_subject())
     .consumer(consumer)
-    .http(http::router(db))
+    .http(move || http::router(db))
 }

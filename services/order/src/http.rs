@@ -9,7 +9,7 @@ use axum::extract::{FromRef, Path, State};
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use consign::http::idempotency::{fingerprint, key_reused};
-use consign::http::{Body, Correlation, IdempotencyKey, Params, Problem};
+use consign::http::{Body, Correlation, Id, IdempotencyKey, Params, Problem};
 use consign::schema::Fault;
 use consign::{Db, EventId, Lane, Timestamp};
 use contracts::{OrderLine, is_product_id};
@@ -216,7 +216,7 @@ const LOOK: Duration = Duration::from_millis(10);
 
 async fn show(
     State(db): State<Db>,
-    Path(id): Path<String>,
+    Path(Id { id }): Path<Id>,
     Params(p): Params<ShowParams>,
 ) -> Result<Json<OrderView>, Problem> {
     let id = order_id(&id)?;
@@ -302,7 +302,7 @@ struct Timeline {
     events: Vec<TimelineEntry>,
 }
 
-async fn events(State(db): State<Db>, Path(id): Path<String>) -> Result<Json<Timeline>, Problem> {
+async fn events(State(db): State<Db>, Path(Id { id }): Path<Id>) -> Result<Json<Timeline>, Problem> {
     let id = order_id(&id)?;
     let Some(order) = store::find(db.readers(), id).await? else { return Err(unknown(id)) };
     let events = store::timeline(db.readers(), id).await?;
@@ -319,7 +319,7 @@ async fn events(State(db): State<Db>, Path(id): Path<String>) -> Result<Json<Tim
 async fn cancel(
     State(db): State<Db>,
     Correlation(cause): Correlation,
-    Path(id): Path<String>,
+    Path(Id { id }): Path<Id>,
 ) -> Result<Json<OrderView>, Problem> {
     let id = order_id(&id)?;
     let mut tx = db.begin_for(cause.clone()).await?;

@@ -97,5 +97,5 @@ pub fn service(config: &Config, db: Db, broker: Arc<dyn Broker>) -> Service {
         .consumer(saga::payments(options).with_state(()))
         .consumer(saga::products(options).with_state(()))
         .tasks(deadline::Expire, config.tasks)
-        .http(http::router(state))
+        .http(move || http::router(state))
 }

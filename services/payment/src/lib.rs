@@ -92,5 +92,5 @@ pub fn service(config: &Config, db: Db, broker: Arc<dyn Broker>, gateway: Simula
         .consumer(steps::orders(options).with_state(()))
         .tasks(calls.clone(), config.tasks)
         .tasks(Refunds(calls), config.tasks)
-        .http(http::router(state))
+        .http(move || http::router(state))
 }

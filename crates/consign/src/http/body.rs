@@ -88,3 +88,10 @@ impl<T: JsonSchema> OperationInput for Params<T> {
         Query::<T>::operation_input(ctx, operation);
     }
 }
+
+/// The `{id}` of a path.
+#[derive(Clone, Debug, serde::Deserialize, JsonSchema)]
+pub struct Id {
+    /// As it stands in the path.
+    pub id: String,
+}

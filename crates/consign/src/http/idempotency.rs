@@ -3,6 +3,11 @@
 use std::collections::HashMap;
 
 use aide::OperationInput;
+use aide::generate::GenContext;
+use aide::openapi::{
+    HeaderStyle, Operation, Parameter, ParameterData, ParameterSchemaOrContent, SchemaObject,
+};
+use aide::operation::add_parameters;
 use axum::extract::FromRequestParts;
 use axum::http::request::Parts;
 use serde_json::Value;
@@ -32,7 +37,30 @@ impl<S: Send + Sync> FromRequestParts<S> for IdempotencyKey {
     }
 }
 
-impl OperationInput for IdempotencyKey {}
+impl OperationInput for IdempotencyKey {
+    #[expect(
+        clippy::default_trait_access,
+        reason = "the maps' types are a dependency of aide's, not of ours"
+    )]
+    fn operation_input(ctx: &mut GenContext, operation: &mut Operation) {
+        let json_schema = ctx.schema.subschema_for::<String>();
+        let schema = SchemaObject { json_schema, external_docs: None, example: None };
+        let parameter_data = ParameterData {
+            name: "Idempotency-Key".into(),
+            description: Some(
+                "The same key and body get the first answer again; 1 to 255 visible ASCII characters.".into(),
+            ),
+            required: false,
+            deprecated: None,
+            format: ParameterSchemaOrContent::Schema(schema),
+            example: None,
+            examples: Default::default(),
+            explode: None,
+            extensions: Default::default(),
+        };
+        add_parameters(ctx, operation, [Parameter::Header { parameter_data, style: HeaderStyle::Simple }]);
+    }
+}
 
 /// What identifies a request's body, whatever its white space and order of fields.
 pub fn fingerprint(body: &Value) -> Uuid {

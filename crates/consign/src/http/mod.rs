@@ -9,7 +9,7 @@ mod ops;
 mod problem;
 
 pub use admin::{Admin, AdminToken};
-pub use body::{Body, Params};
+pub use body::{Body, Id, Params};
 pub use correlation::Correlation;
 pub use idempotency::IdempotencyKey;
 pub use problem::Problem;

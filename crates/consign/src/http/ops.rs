@@ -11,7 +11,7 @@ use axum::response::IntoResponse;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Admin, Body, Params, Problem};
+use super::{Admin, Body, Id, Params, Problem};
 use crate::dead_letter::{self, DeadLetter, Filter, Reason, Status};
 use crate::service::Vitals;
 use crate::telemetry;
@@ -22,9 +22,18 @@ pub(crate) fn router(vitals: Arc<Vitals>) -> ApiRouter {
         .api_route("/readyz", get_with(readyz, |o| o.summary("Ready to take requests").tag("operations")))
         .api_route(
             "/health",
-            get_with(health, |o| o.summary("Everything, the broker included").tag("operations")),
+            get_with(health, |o| {
+                o.summary("Everything, the broker included")
+                    .tag("operations")
+                    .response::<200, Json<serde_json::Value>>()
+            }),
         )
-        .api_route("/metrics", get_with(metrics, |o| o.summary("Prometheus metrics").tag("operations")))
+        .api_route(
+            "/metrics",
+            get_with(metrics, |o| {
+                o.summary("Prometheus metrics").tag("operations").response::<200, String>()
+            }),
+        )
         .api_route(
             "/admin/dead-letters",
             get_with(list, |o| o.summary("Dead letters, the newest first").tag("operations")),
@@ -105,7 +114,7 @@ async fn list(
 async fn show(
     _: Admin,
     State(vitals): State<Arc<Vitals>>,
-    Path(id): Path<String>,
+    Path(Id { id }): Path<Id>,
 ) -> Result<Json<DeadLetter>, Problem> {
     let found = dead_letter::get(&vitals.db, &id).await?;
     found.map(Json).ok_or_else(|| Problem::not_found(format!("no dead letter {id} here")))
