@@ -54,7 +54,7 @@ pub enum DataDirError {
         source: std::io::Error,
     },
     /// Somebody else is in it.
-    #[error("the data directory {} is in use by another process; stop that, or name another with --data-dir", .0.display())]
+    #[error("the data directory {} is in use by another process; stop that, or name another (--data-dir, or CONSIGN_DATA_DIR)", .0.display())]
     InUse(PathBuf),
 }
 

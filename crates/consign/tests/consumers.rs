@@ -577,3 +577,36 @@ async fn a_row_the_broker_refuses_does_not_hold_up_the_rest() {
     };
     rig.bench.time.until_within(MINUTES, Duration::from_secs(1), "the orphan", found).await;
 }
+
+#[tokio::test(start_paused = true)]
+async fn history_is_pruned_when_its_time_is_over_and_not_before() {
+    const DAY: Duration = Duration::from_secs(24 * 3600);
+    let rig = Rig::start(false).await;
+    rig.publish(vec![rig.message(1)]).await;
+    rig.until_notes(&[(1, 1)]).await;
+    rig.settled().await;
+    rig.bench.time.until("published", async || rig.db.outbox_depth() == 0).await;
+    let rows = async || {
+        let count = "SELECT (SELECT COUNT(*) FROM outbox), (SELECT COUNT(*) FROM outbox_published), (SELECT COUNT(*) FROM inbox)";
+        sqlx::query_as::<_, (i64, i64, i64)>(count).fetch_one(rig.db.readers()).await.unwrap()
+    };
+    rig.bench.time.leap(DAY * 6).await;
+    rig.bench.time.advance(Duration::from_secs(31)).await;
+    assert_eq!(rows().await, (1, 1, 1), "kept for seven days");
+    rig.bench.time.leap(DAY * 2).await;
+    let gone = async || rows().await == (0, 0, 1);
+    rig.bench
+        .time
+        .until_within(MINUTES, Duration::from_secs(1), "the outbox pruned, the inbox not", gone)
+        .await;
+    // Event ids are made by the wall clock, rows by the virtual one: the ids must look old as well.
+    let mut tx = rig.db.begin().await.unwrap();
+    sqlx::query("UPDATE inbox SET event_id = '00000000' || substr(event_id, 9)")
+        .execute(tx.sqlite())
+        .await
+        .unwrap();
+    tx.commit().await.unwrap();
+    rig.bench.time.leap(DAY * 14).await;
+    let gone = async || rows().await == (0, 0, 0);
+    rig.bench.time.until_within(MINUTES, Duration::from_secs(1), "the inbox pruned", gone).await;
+}
