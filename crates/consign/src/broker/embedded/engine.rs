@@ -360,35 +360,30 @@ impl Engine {
         }
         let s = self.stream(stream)?;
         let (id, first, last) = (s.id, s.first, s.last);
-        let existing = s.consumers.remove(&config.durable);
-        let mut c = if let Some(c) = existing {
-            Consumer { config: config.clone(), ..c }
-        } else {
-            let next = match config.deliver {
-                DeliverPolicy::All => first,
-                DeliverPolicy::New => last + 1,
-                DeliverPolicy::FromSequence(from) => from.clamp(first, last + 1),
-            };
-            Consumer::new(config.clone(), next)
+        let next = match (s.consumers.get(&config.durable), config.deliver) {
+            (Some(existing), _) => existing.next,
+            (None, DeliverPolicy::All) => first,
+            (None, DeliverPolicy::New) => last + 1,
+            (None, DeliverPolicy::FromSequence(from)) => from.clamp(first, last + 1),
         };
-        c.pending = 0;
+        let mut c = Consumer::new(config.clone(), next);
         match &mut self.file {
             None => {
                 let s = self.stream(stream)?;
                 c.pending =
-                    s.messages.range(c.next..).filter(|(_, m)| c.wants(&m.message.subject)).count() as u64;
+                    s.messages.range(next..).filter(|(_, m)| c.wants(&m.message.subject)).count() as u64;
             }
             Some(file) => {
                 // What is in the journal is not in the file yet.
-                self.journal.write(file).await.map_err(|e| BrokerError::Unavailable(e.to_string()))?;
-                for (subject, count) in file
-                    .count_by_subject(id, c.next)
-                    .await
-                    .map_err(|e| BrokerError::Unavailable(e.to_string()))?
-                {
+                self.journal.write(file).await.map_err(super::unavailable)?;
+                for (subject, count) in file.count_by_subject(id, next).await.map_err(super::unavailable)? {
                     c.pending += if c.wants(&subject) { count } else { 0 };
                 }
             }
+        }
+        // Nothing above has touched the consumer that is there, for any of it may fail.
+        if let Some(existing) = self.stream(stream)?.consumers.remove(&config.durable) {
+            c = Consumer { config: config.clone(), pending: c.pending, ..existing };
         }
         self.journal.consumer(id, &config, c.floor());
         self.stream(stream)?.consumers.insert(config.durable, c);

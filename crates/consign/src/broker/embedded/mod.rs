@@ -124,7 +124,10 @@ async fn run(mut engine: Engine, mut queue: mpsc::Receiver<Command>, failing: Ar
         }
         engine.expire();
         let last = closing.is_some() || !open;
-        write(&mut engine, &failing, last).await;
+        if !write(&mut engine, &failing, last).await {
+            // Closing on a file that cannot be written: whoever waits is told that it is unknown, not that it is stored.
+            return;
+        }
         for answer in answers {
             answer();
         }
@@ -138,19 +141,21 @@ async fn run(mut engine: Engine, mut queue: mpsc::Receiver<Command>, failing: Ar
     }
 }
 
-/// Writes the journal, as often as it takes: answers wait for it, so a full disk delays but never loses.
-async fn write(engine: &mut Engine, failing: &AtomicBool, last: bool) {
+/// Writes the journal, as often as it takes: answers wait for it, so a full disk delays but never loses. `false` if it could not be
+/// written before the end.
+async fn write(engine: &mut Engine, failing: &AtomicBool, last: bool) -> bool {
     let mut delay = Duration::from_millis(50);
     while let Err(error) = engine.write(last).await {
         failing.store(true, Ordering::Relaxed);
         tracing::error!(%error, retry_in = ?delay, "the embedded broker cannot write its file");
         if last {
-            return;
+            return false;
         }
         tokio::time::sleep(delay).await;
         delay = (delay * 2).min(Duration::from_secs(5));
     }
     failing.store(false, Ordering::Relaxed);
+    true
 }
 
 #[async_trait]
