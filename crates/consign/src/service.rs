@@ -99,21 +99,21 @@ impl Service {
         };
         let prunes = vec![
             Prune {
+                // Each step must find the next rows, not those the step before has dealt with: hence the join, and what has no event any more.
                 sql: "DELETE FROM outbox WHERE seq IN (SELECT seq FROM
-                        (SELECT seq, published_at FROM outbox_published ORDER BY seq LIMIT 1000) WHERE published_at < ?1)",
+                        (SELECT o.seq, p.published_at FROM outbox o CROSS JOIN outbox_published p ON p.seq = o.seq ORDER BY o.seq LIMIT 1000)
+                        WHERE published_at < ?1)",
                 keep: config.outbox.history,
             },
             Prune {
-                sql: "DELETE FROM outbox_published WHERE seq IN
-                        (SELECT seq FROM (SELECT seq, published_at FROM outbox_published ORDER BY seq LIMIT 1000) WHERE published_at < ?1)
-                        AND NOT EXISTS (SELECT 1 FROM outbox o WHERE o.seq = outbox_published.seq)",
+                sql: "DELETE FROM outbox_published WHERE seq IN (SELECT seq FROM outbox_published
+                        WHERE seq < COALESCE((SELECT MIN(seq) FROM outbox), 9223372036854775807) AND published_at < ?1
+                        ORDER BY seq LIMIT 1000)",
                 keep: config.outbox.history,
             },
             Prune {
-                sql: "DELETE FROM inbox WHERE (consumer, event_id) IN (SELECT consumer, event_id FROM
-                        (SELECT consumer, event_id, handled_at FROM inbox
-                         WHERE event_id < printf('%08x-%04x', (?1 >> 16) & 4294967295, ?1 & 65535) LIMIT 1000)
-                        WHERE handled_at < ?1)",
+                sql: "DELETE FROM inbox WHERE (consumer, event_id) IN
+                        (SELECT consumer, event_id FROM inbox WHERE handled_at < ?1 ORDER BY handled_at LIMIT 1000)",
                 keep: config.consumer.inbox_retention,
             },
             Prune {

@@ -127,7 +127,7 @@ async fn put(
     State(db): State<Db>,
     Path(Id { id }): Path<Id>,
     Correlation(cause): Correlation,
-    Body { value: body, .. }: Body<PutProduct>,
+    Body(body): Body<PutProduct>,
 ) -> Result<(StatusCode, Json<Product>), Problem> {
     let mut faults = Vec::new();
     if !is_product_id(&id) {
@@ -175,7 +175,7 @@ async fn move_stock(
     Path(Id { id }): Path<Id>,
     Correlation(cause): Correlation,
     IdempotencyKey(key): IdempotencyKey,
-    Body { value: body, raw: _ }: Body<MoveStock>,
+    Body(body): Body<MoveStock>,
 ) -> Result<Json<Product>, Problem> {
     let key = key.ok_or_else(|| {
         Problem::bad_request("the Idempotency-Key header is missing; a repeated request must not count twice")

@@ -142,7 +142,7 @@ async fn place(
     State(app): State<AppState>,
     Correlation(cause): Correlation,
     IdempotencyKey(key): IdempotencyKey,
-    Body { value: order, .. }: Body<PlaceOrder>,
+    Body(order): Body<PlaceOrder>,
 ) -> Result<Response, Problem> {
     let faults = order.faults();
     if !faults.is_empty() {

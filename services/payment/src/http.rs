@@ -108,7 +108,7 @@ async fn knobs(State(gateway): State<SimulatedGateway>) -> Json<Knobs> {
 async fn set_knobs(
     _: Admin,
     State(gateway): State<SimulatedGateway>,
-    Body { value: knobs, .. }: Body<Knobs>,
+    Body(knobs): Body<Knobs>,
 ) -> Result<Json<Knobs>, Problem> {
     let faults = knobs.faults();
     if !faults.is_empty() {

@@ -32,6 +32,8 @@ CREATE TABLE inbox (
     handled_at INTEGER NOT NULL,
     PRIMARY KEY (consumer, event_id)
 ) WITHOUT ROWID;
+-- Pruning looks for the oldest; without this it would read the whole inbox to find that there is nothing to do.
+CREATE INDEX inbox_age ON inbox (handled_at);
 
 -- Failures of events that may still succeed.
 CREATE TABLE failures (

@@ -18,13 +18,8 @@ use crate::schema;
 
 /// A JSON body that satisfies its type's schema: 415 if it is not JSON by its content type, 413 if too large, 400 if it is not JSON,
 /// 422 with every fault if it breaks the schema.
-#[derive(Clone, Debug)]
-pub struct Body<T> {
-    /// The body.
-    pub value: T,
-    /// As it was sent, for comparing repeated requests.
-    pub raw: Bytes,
-}
+#[derive(Clone, Copy, Debug)]
+pub struct Body<T>(pub T);
 
 impl<S, T> FromRequest<S> for Body<T>
 where
@@ -54,7 +49,7 @@ where
         schema::of_type::<T>().validate(&value)?;
         let value =
             serde_json::from_value(value).map_err(|e| Problem::unprocessable(e.to_string(), Vec::new()))?;
-        Ok(Self { value, raw })
+        Ok(Self(value))
     }
 }
 

@@ -155,7 +155,7 @@ fn checked(change: &Change) -> Result<(), Problem> {
 async fn redrive(
     _: Admin,
     State(vitals): State<Arc<Vitals>>,
-    Body { value: c, .. }: Body<Change>,
+    Body(c): Body<Change>,
 ) -> Result<Json<Changed>, Problem> {
     checked(&c)?;
     let ids = dead_letter::redrive(&vitals.db, &c.filter, c.force, c.dry_run).await?;
@@ -165,7 +165,7 @@ async fn redrive(
 async fn discard(
     _: Admin,
     State(vitals): State<Arc<Vitals>>,
-    Body { value: c, .. }: Body<Change>,
+    Body(c): Body<Change>,
 ) -> Result<Json<Changed>, Problem> {
     checked(&c)?;
     let ids = dead_letter::discard(&vitals.db, &c.filter, c.dry_run).await?;
