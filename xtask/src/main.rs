@@ -1,5 +1,7 @@
 //! What people run: `cargo xtask test`, `bench`, `schemas`, `tidy`.
 
+mod install;
+
 use std::env;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
@@ -19,7 +21,7 @@ struct Cli {
 enum Task {
     /// Format, lints, documentation and all tests.
     Test {
-        /// Install what tests need and is not there. Nothing yet: everything is embedded.
+        /// Install what tests need and is not there: nats-server under target/tools, PostgreSQL from the system's packages.
         #[arg(long)]
         install: bool,
     },
@@ -43,7 +45,10 @@ fn main() -> ExitCode {
     let root = root.parent().map(Path::to_owned).unwrap_or(root);
     let started = Instant::now();
     let done = match Cli::parse().task {
-        Task::Test { install: _ } => test(&root),
+        Task::Test { install } => {
+            let installed = if install { install::all(&root) } else { Ok(()) };
+            installed.and_then(|()| test(&root))
+        }
         Task::Bench { orders, stored } => bench(&root, orders, stored),
         Task::Schemas => cargo(
             &root,

@@ -4,8 +4,9 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use secrecy::SecretString;
 use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 use thiserror::Error;
 use toml::{Table, Value};
 
@@ -107,6 +108,12 @@ impl ServiceConfig {
         );
         faults
     }
+}
+
+/// A secret as it is shown.
+#[expect(clippy::ref_option, reason = "serde hands over a reference to the field")]
+pub(crate) fn redacted<S: Serializer>(_: &Option<SecretString>, s: S) -> Result<S::Ok, S::Error> {
+    s.serialize_str("(set)")
 }
 
 /// The configuration cannot be used; names every fault found.

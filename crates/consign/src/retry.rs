@@ -37,7 +37,7 @@ impl RetryPolicy {
 /// Full jitter keeps retries of many clients apart
 /// (<https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/>); the floor keeps a run of small numbers from
 /// using up every attempt within milliseconds.
-fn delay(base: Duration, cap: Duration, n: u32) -> Duration {
+pub(crate) fn delay(base: Duration, cap: Duration, n: u32) -> Duration {
     let ceiling = base.saturating_mul(2u32.saturating_pow(n.min(20) + 1)).min(cap).max(base);
     base + ceiling.saturating_sub(base).mul_f64(rand::rng().random::<f64>())
 }

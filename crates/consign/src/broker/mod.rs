@@ -2,6 +2,7 @@
 //! and the conformance suite in `testing::conformance` holds every implementation to what is written here.
 
 pub mod embedded;
+pub mod nats;
 mod subject;
 
 use std::sync::Arc;
@@ -95,7 +96,7 @@ pub enum Discard {
 pub struct ConsumerConfig {
     /// Its name, unique within the stream.
     pub durable: String,
-    /// Which subjects it wants; empty means all.
+    /// Which subjects it wants, no two overlapping; empty means all.
     pub filter_subjects: Vec<String>,
     /// Unsettled for so long, a message is delivered again.
     pub ack_wait: Duration,
@@ -280,7 +281,7 @@ pub trait Broker: Send + Sync + 'static {
     async fn ensure_stream(&self, config: &StreamConfig) -> Result<(), BrokerError>;
     /// Makes the consumer, or changes it; its position stays.
     async fn ensure_consumer(&self, stream: &str, config: &ConsumerConfig) -> Result<(), BrokerError>;
-    /// Publishes all, pipelined; the answers are in the same order.
+    /// Publishes all in this order, pipelined; the answers are in the same order.
     async fn publish(&self, messages: Vec<Message>) -> Vec<Result<PubAck, PublishError>>;
     /// Up to `max` messages as soon as there is at least one; none if there is none within `wait`.
     async fn fetch(

@@ -31,6 +31,20 @@ pub fn matches(filter: &str, subject: &str) -> bool {
     tokens.next().is_none()
 }
 
+/// Whether everything that `narrow` matches is matched by `wide` too.
+pub(super) fn covers(wide: &str, narrow: &str) -> bool {
+    let mut tokens = narrow.split('.');
+    for w in wide.split('.') {
+        match (w, tokens.next()) {
+            (">", Some(_)) => return true,
+            ("*", Some(n)) if n != ">" => {}
+            (w, Some(n)) if w == n => {}
+            _ => return false,
+        }
+    }
+    tokens.next().is_none()
+}
+
 /// Whether some subject is matched by both filters.
 pub(super) fn overlap(a: &str, b: &str) -> bool {
     let (mut a, mut b) = (a.split('.'), b.split('.'));

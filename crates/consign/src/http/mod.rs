@@ -21,7 +21,9 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use secrecy::SecretString;
-use serde::{Deserialize, Serialize, Serializer};
+use serde::{Deserialize, Serialize};
+
+use crate::config::redacted;
 
 /// Where a service listens, and what it bears.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -42,11 +44,6 @@ pub struct HttpConfig {
     /// Needed for whatever changes stock, prices, money or dead letters by hand. Required to listen beyond loopback.
     #[serde(skip_serializing_if = "Option::is_none", serialize_with = "redacted")]
     pub admin_token: Option<SecretString>,
-}
-
-#[expect(clippy::ref_option, reason = "serde hands over a reference to the field")]
-fn redacted<S: Serializer>(_: &Option<SecretString>, s: S) -> Result<S::Ok, S::Error> {
-    s.serialize_str("(set)")
 }
 
 impl Default for HttpConfig {

@@ -15,6 +15,8 @@
 //! ```
 
 pub mod conformance;
+#[allow(clippy::expect_used, reason = "in tests, a panic is how a step fails")]
+pub mod servers;
 
 use std::future::Future;
 use std::sync::Arc;

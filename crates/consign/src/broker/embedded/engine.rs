@@ -358,6 +358,14 @@ impl Engine {
                 config.durable
             )));
         }
+        for (i, a) in config.filter_subjects.iter().enumerate() {
+            if let Some(b) = config.filter_subjects[..i].iter().find(|b| overlap(a, b)) {
+                return Err(BrokerError::Config(format!(
+                    "consumer `{}`: its filters `{a}` and `{b}` overlap",
+                    config.durable
+                )));
+            }
+        }
         let s = self.stream(stream)?;
         let (id, first, last) = (s.id, s.first, s.last);
         let next = match (s.consumers.get(&config.durable), config.deliver) {
