@@ -1,9 +1,12 @@
 //! `consign dead-letters`: list, show, redrive, discard, over the services' admin endpoints.
 
+use std::time::Duration;
+
 use clap::{Args, Subcommand};
 use comfy_table::Table;
 use consign::dead_letter::Filter;
 use consign::handler::BoxError;
+use consign::{Clock, Timestamp};
 use serde_json::{Value, json};
 
 use crate::client::{Client, ClientError};
@@ -44,6 +47,24 @@ pub struct FilterArgs {
     /// For this reason, for example retries_exhausted.
     #[arg(long)]
     reason: Option<String>,
+    /// Dead for longer than this, for example 2h.
+    #[arg(long, value_name = "AGE", value_parser = age)]
+    older_than: Option<Duration>,
+    /// Dead for less long than this.
+    #[arg(long, value_name = "AGE", value_parser = age)]
+    newer_than: Option<Duration>,
+}
+
+fn age(text: &str) -> Result<Duration, String> {
+    humantime_serde::re::humantime::parse_duration(text).map_err(|e| format!("{e}; for example 90s, 15m, 2h"))
+}
+
+impl FilterArgs {
+    /// The bounds on the time of death.
+    fn died(&self) -> (Option<Timestamp>, Option<Timestamp>) {
+        let now = Clock::system().now();
+        (self.newer_than.map(|age| now - age), self.older_than.map(|age| now - age))
+    }
 }
 
 #[derive(Debug, Args)]
@@ -70,7 +91,11 @@ pub async fn run(command: Command, services: &Services, format: Format) -> Resul
     match command {
         Command::List { filter, status, limit } => {
             let limit = limit.to_string();
+            let (from, before) = filter.died();
+            let (from, before) = (from.map(|t| t.to_string()), before.map(|t| t.to_string()));
             let query = [
+                ("dead_from", from.as_deref()),
+                ("dead_before", before.as_deref()),
                 ("status", Some(status.as_str())),
                 ("limit", Some(limit.as_str())),
                 ("consumer", filter.consumer.as_deref()),
@@ -107,7 +132,10 @@ async fn apply(change: &Change, action: &str, services: &Services, format: Forma
         Some(word) => Some(serde_json::from_value(json!(word)).map_err(|e| format!("--reason {word}: {e}"))?),
         None => None,
     };
+    let (dead_from, dead_before) = change.filter.died();
     let filter = Filter {
+        dead_from,
+        dead_before,
         ids: (!change.ids.is_empty()).then(|| change.ids.clone()),
         consumer: change.filter.consumer.clone(),
         event: change.filter.event.clone(),

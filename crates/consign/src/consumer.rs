@@ -13,6 +13,7 @@ use serde_json::Value;
 use tokio_util::sync::CancellationToken;
 use tower::util::BoxCloneSyncService;
 use tower::{Layer, Service, ServiceBuilder, ServiceExt, service_fn};
+use uuid::Uuid;
 
 use crate::broker::{Broker, ConsumerConfig, Delivery, Settlement, StoredMessage};
 use crate::db::{Db, DbError, Slot};
@@ -21,7 +22,6 @@ use crate::event::{Cause, Envelope, Event, EventId};
 use crate::handler::{BoxError, Call, Failure, Fate, Handler, Incoming};
 use crate::inbox;
 use crate::layer::{CatchPanic, Measure, Timeout};
-use crate::outbox::to_json;
 use crate::retry::{Backoff, RetryPolicy};
 use crate::schema::{self, CompiledSchema};
 use crate::telemetry;
@@ -392,14 +392,11 @@ impl Worker {
         }
         if fresh.iter().any(|e| e.delivery.delivered > 1) {
             let ids: Vec<EventId> = fresh.iter().map(|e| e.incoming.envelope.id).collect();
-            tx.count_statement();
-            sqlx::query(
-                "DELETE FROM failures WHERE consumer = ? AND event_id IN (SELECT value FROM json_each(?))",
-            )
-            .bind(&*self.consumer.name)
-            .bind(to_json(&ids)?)
-            .execute(tx.sqlite())
-            .await?;
+            tx.query("DELETE FROM failures WHERE consumer = $1 AND event_id IN (SELECT id FROM {$2: id})")
+                .bind(&*self.consumer.name)
+                .rows(ids.into_iter().map(|id| (id,)))
+                .execute()
+                .await?;
         }
         let slot = Slot::new(tx);
         let mut by_route: BTreeMap<(&str, u32), Vec<&Entry<'_>>> = BTreeMap::new();
@@ -451,18 +448,20 @@ impl Worker {
         let error = telemetry::chain(failure.error.as_ref());
         let recorded = async {
             let mut tx = self.db.begin_for(envelope.as_cause()).await?;
-            tx.count_statement();
-            let failures: u32 = sqlx::query_scalar(
-                "INSERT INTO failures VALUES (?, ?, 1, ?, ?) ON CONFLICT (consumer, event_id) DO UPDATE
-                 SET attempts = attempts + 1, last_error = excluded.last_error, updated_at = excluded.updated_at
-                 RETURNING attempts",
-            )
-            .bind(name)
-            .bind(envelope.id.to_string())
-            .bind(error.as_str())
-            .bind(tx.now().as_millis())
-            .fetch_one(tx.sqlite())
-            .await?;
+            let now = tx.now();
+            let failures: u32 = tx
+                .query(
+                    "INSERT INTO failures (consumer, event_id, attempts, last_error, updated_at) VALUES ($1, $2, 1, $3, $4)
+                     ON CONFLICT (consumer, event_id) DO UPDATE
+                     SET attempts = failures.attempts + 1, last_error = excluded.last_error, updated_at = excluded.updated_at
+                     RETURNING attempts",
+                )
+                .bind(name)
+                .bind(envelope.id)
+                .bind(error.as_str())
+                .bind(now)
+                .fetch_scalar()
+                .await?;
             let reason = match failure.fate {
                 Fate::DeadLetter => Some(Reason::Permanent),
                 _ if failures >= retry.limit => Some(Reason::RetriesExhausted),
@@ -575,20 +574,20 @@ impl Worker {
                 if self.stop.is_cancelled() {
                     return;
                 }
-                let result = self.redrive(&id, &stored).await;
+                let result = self.redrive(id, &stored).await;
                 let recorded = match &result {
                     Ok(()) => Ok(()),
-                    Err(e) => dead_letter::redrive_failed(&self.db, &id, &telemetry::chain(e.as_ref())).await,
+                    Err(e) => dead_letter::redrive_failed(&self.db, id, &telemetry::chain(e.as_ref())).await,
                 };
                 match (&result, recorded) {
                     (Ok(()), _) => {
                         self.count("redriven", 1);
-                        tracing::info!(consumer = name, dead_letter = id, "a dead letter was redriven");
+                        tracing::info!(consumer = name, dead_letter = %id, "a dead letter was redriven");
                     }
                     (Err(e), Ok(())) => {
                         tracing::warn!(
                             consumer = name,
-                            dead_letter = id,
+                            dead_letter = %id,
                             error = telemetry::chain(e.as_ref()),
                             "a redriven dead letter failed again"
                         );
@@ -596,7 +595,7 @@ impl Worker {
                     (_, Err(db)) => {
                         tracing::warn!(
                             consumer = name,
-                            dead_letter = id,
+                            dead_letter = %id,
                             error = telemetry::chain(&db),
                             "a redrive could not be recorded"
                         );
@@ -607,7 +606,7 @@ impl Worker {
         }
     }
 
-    async fn redrive(&self, id: &str, stored: &StoredMessage) -> Result<(), BoxError> {
+    async fn redrive(&self, id: Uuid, stored: &StoredMessage) -> Result<(), BoxError> {
         let (incoming, route) = match self.decode(stored, 1) {
             Ok(decoded) => decoded,
             Err(reject) => return Err(reject.error.into()),

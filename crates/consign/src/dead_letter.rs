@@ -5,15 +5,13 @@ use bytes::Bytes;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use sqlx::sqlite::SqliteRow;
-use sqlx::{AssertSqlSafe, Row};
 use uuid::Uuid;
 
-use crate::Timestamp;
 use crate::broker::{Message, StoredMessage};
-use crate::db::{Db, DbError, Tx};
+use crate::db::{Db, DbError, Json, Query, Row, Tx};
 use crate::event::Envelope;
-use crate::outbox::{Recorded, to_json};
+use crate::outbox::Recorded;
+use crate::{Lane, Timestamp};
 
 /// Redrives of one dead letter before it must be forced.
 pub const REDRIVE_LIMIT: u32 = 5;
@@ -155,6 +153,49 @@ pub struct Filter {
     /// For this reason.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<Reason>,
+    /// Dead since then or later.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dead_from: Option<Timestamp>,
+    /// Dead before then.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dead_before: Option<Timestamp>,
+}
+
+/// What [`Filter::bind`] gives values to.
+macro_rules! matching {
+    () => {
+        "($1 IS NULL OR consumer = $1) AND ($2 IS NULL OR event_name = $2) AND ($3 IS NULL OR reason = $3)
+         AND ($4 IS NULL OR dead_at >= $4) AND ($5 IS NULL OR dead_at < $5) AND ($6 OR id IN (SELECT i FROM {$10: i}))"
+    };
+}
+
+impl Filter {
+    /// Whether it names anything at all.
+    pub fn is_empty(&self) -> bool {
+        let Self { ids, consumer, event, reason, dead_from, dead_before } = self;
+        ids.is_none()
+            && consumer.is_none()
+            && event.is_none()
+            && reason.is_none()
+            && dead_from.is_none()
+            && dead_before.is_none()
+    }
+
+    /// The parameters 1 to 6; 7 to 9 are the statement's own, and then come [`Filter::ids`].
+    fn bind<'q>(&self, query: Query<'q>) -> Query<'q> {
+        query
+            .bind(self.consumer.as_deref())
+            .bind(self.event.as_deref())
+            .bind(self.reason.map(Reason::as_str))
+            .bind(self.dead_from)
+            .bind(self.dead_before)
+            .bind(self.ids.is_none())
+    }
+
+    /// Those that can be ids; others name nothing.
+    fn ids(&self) -> Vec<(Uuid,)> {
+        self.ids.iter().flatten().filter_map(|id| id.parse().ok().map(|id| (id,))).collect()
+    }
 }
 
 pub(crate) struct Burial<'a> {
@@ -181,55 +222,55 @@ fn payload_as_value(payload: &[u8]) -> Value {
 /// Records a dead letter, its event's claim and its projection. `false` if the event was dealt with before.
 pub(crate) async fn bury(tx: &mut Tx, b: &Burial<'_>) -> Result<bool, DbError> {
     let now = tx.now();
-    let event_id = b.envelope.map(|e| e.id.to_string());
+    let event_id = b.envelope.map(|e| e.id);
     let message = &b.stored.message;
-    if let Some(event_id) = &event_id {
-        tx.count_statement();
-        let claimed = sqlx::query("INSERT INTO inbox VALUES (?, ?, ?) ON CONFLICT DO NOTHING")
+    if let Some(event_id) = event_id {
+        let claimed = tx
+            .query("INSERT INTO inbox (consumer, event_id, handled_at) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING")
             .bind(b.consumer)
             .bind(event_id)
-            .bind(now.as_millis())
-            .execute(tx.sqlite())
+            .bind(now)
+            .execute()
             .await?;
-        if claimed.rows_affected() == 0 {
+        if claimed == 0 {
             return Ok(false);
         }
-        tx.count_statement();
-        sqlx::query("DELETE FROM failures WHERE consumer = ? AND event_id = ?")
+        tx.query("DELETE FROM failures WHERE consumer = $1 AND event_id = $2")
             .bind(b.consumer)
             .bind(event_id)
-            .execute(tx.sqlite())
+            .execute()
             .await?;
     }
     let id = Uuid::now_v7();
-    let dedupe_key = event_id.clone().unwrap_or_else(|| format!("{}:{}", b.stream, b.stored.sequence));
-    tx.count_statement();
-    let inserted = sqlx::query(
-        "INSERT INTO dead_letters (id, consumer, dedupe_key, event_id, event_name, stream, stream_seq, subject, headers,
-             payload, reason, error, attempts, status, published_at, dead_at, updated_at)
-         VALUES (?1,?2,?3,?4,?5,?6,?7,?8,?9,?10,?11,?12,?13,'open',?14,?15,?15) ON CONFLICT DO NOTHING",
-    )
-    .bind(id.to_string())
-    .bind(b.consumer)
-    .bind(dedupe_key)
-    .bind(event_id)
-    .bind(b.envelope.map(Envelope::name))
-    .bind(b.stream)
-    .bind(i64::try_from(b.stored.sequence).unwrap_or(i64::MAX))
-    .bind(message.subject.as_str())
-    .bind(to_json(&message.headers)?)
-    .bind(&message.payload[..])
-    .bind(b.reason.as_str())
-    .bind(b.error)
-    .bind(b.attempts)
-    .bind(b.stored.stored_at.as_millis())
-    .bind(now.as_millis())
-    .execute(tx.sqlite())
-    .await?;
-    if inserted.rows_affected() == 0 {
+    let dedupe_key =
+        event_id.map_or_else(|| format!("{}:{}", b.stream, b.stored.sequence), |id| id.to_string());
+    let inserted = tx
+        .query(
+            "INSERT INTO dead_letters (id, consumer, dedupe_key, event_id, event_name, stream, stream_seq, subject, headers,
+                 payload, reason, error, attempts, status, published_at, dead_at, updated_at)
+             VALUES ($1,$2,$3,$4,$5,$6,$7,$8,$9,$10,$11,$12,$13,'open',$14,$15,$15) ON CONFLICT DO NOTHING",
+        )
+        .bind(id)
+        .bind(b.consumer)
+        .bind(dedupe_key)
+        .bind(event_id)
+        .bind(b.envelope.map(Envelope::name))
+        .bind(b.stream)
+        .bind(b.stored.sequence)
+        .bind(message.subject.as_str())
+        .bind(Json(message.headers.clone()))
+        .bind(message.payload.clone())
+        .bind(b.reason.as_str())
+        .bind(b.error)
+        .bind(b.attempts)
+        .bind(b.stored.stored_at)
+        .bind(now)
+        .execute()
+        .await?;
+    if inserted == 0 {
         return Ok(false);
     }
-    audit(tx, &id.to_string(), "dead", b.reason.as_str()).await?;
+    audit(tx, id, "dead", b.reason.as_str()).await?;
     let body = json!({
         "id": id, "consumer": b.consumer, "reason": b.reason, "error": b.error, "attempts": b.attempts,
         "origin": {"stream": b.stream, "sequence": b.stored.sequence, "subject": message.subject},
@@ -238,6 +279,7 @@ pub(crate) async fn bury(tx: &mut Tx, b: &Burial<'_>) -> Result<bool, DbError> {
     let service = tx.db().service().to_owned();
     tx.emit_raw(Recorded {
         event_id: id,
+        lane: Lane::Standard,
         message: Message {
             subject: format!("dead_letters.{service}.{}", b.consumer),
             msg_id: Some(id.to_string()),
@@ -249,25 +291,16 @@ pub(crate) async fn bury(tx: &mut Tx, b: &Burial<'_>) -> Result<bool, DbError> {
     Ok(true)
 }
 
-async fn audit(tx: &mut Tx, id: &str, action: &str, detail: &str) -> Result<(), DbError> {
-    let now = tx.now().as_millis();
-    sqlx::query("INSERT INTO dead_letter_audit (dead_letter_id, action, detail, at) VALUES (?,?,?,?)")
+async fn audit(tx: &mut Tx, id: Uuid, action: &str, detail: &str) -> Result<(), DbError> {
+    let now = tx.now();
+    tx.query("INSERT INTO dead_letter_audit (dead_letter_id, action, detail, at) VALUES ($1, $2, $3, $4)")
         .bind(id)
         .bind(action)
         .bind(detail)
         .bind(now)
-        .execute(tx.sqlite())
+        .execute()
         .await?;
     Ok(())
-}
-
-/// The `WHERE` of a filter, with its binds in order.
-fn matching(filter: &Filter) -> Result<(&'static str, [Option<String>; 4]), DbError> {
-    let sql = "(?1 IS NULL OR id IN (SELECT value FROM json_each(?1))) AND (?2 IS NULL OR consumer = ?2)
-        AND (?3 IS NULL OR event_name = ?3) AND (?4 IS NULL OR reason = ?4)";
-    let ids = filter.ids.as_ref().map(to_json).transpose()?;
-    let reason = filter.reason.map(|r| r.as_str().to_owned());
-    Ok((sql, [ids, filter.consumer.clone(), filter.event.clone(), reason]))
 }
 
 /// Dead letters, the newest first; `status` none means all. Pages by `before`, the last id seen.
@@ -275,67 +308,59 @@ pub async fn list(
     db: &Db,
     filter: &Filter,
     status: Option<Status>,
-    before: Option<&str>,
+    before: Option<Uuid>,
     limit: u32,
 ) -> Result<Vec<DeadLetter>, DbError> {
-    let (sql, binds) = matching(filter)?;
-    let sql = format!(
-        "SELECT * FROM dead_letters WHERE {sql} AND (?5 IS NULL OR status = ?5) AND (?6 IS NULL OR id < ?6)
-         ORDER BY id DESC LIMIT ?7"
-    );
-    let mut query = sqlx::query(AssertSqlSafe(sql));
-    for bind in binds {
-        query = query.bind(bind);
-    }
-    let rows =
-        query.bind(status.map(Status::as_str)).bind(before).bind(limit).fetch_all(db.readers()).await?;
-    Ok(rows.iter().map(read).collect::<Result<_, _>>()?)
+    let query = db.query(concat!(
+        "SELECT * FROM dead_letters WHERE ",
+        matching!(),
+        " AND ($7 IS NULL OR status = $7) AND id < $8 ORDER BY id DESC LIMIT $9"
+    ));
+    let rows = filter
+        .bind(query)
+        .bind(status.map(Status::as_str))
+        .bind(before.unwrap_or(Uuid::max()))
+        .bind(limit)
+        .rows(filter.ids())
+        .fetch_all()
+        .await?;
+    rows.iter().map(read).collect()
 }
 
 /// One dead letter with payload, headers and history.
-pub async fn get(db: &Db, id: &str) -> Result<Option<DeadLetter>, DbError> {
-    let row =
-        sqlx::query("SELECT * FROM dead_letters WHERE id = ?").bind(id).fetch_optional(db.readers()).await?;
+pub async fn get(db: &Db, id: Uuid) -> Result<Option<DeadLetter>, DbError> {
+    let row = db.query("SELECT * FROM dead_letters WHERE id = $1").bind(id).fetch_optional().await?;
     let Some(row) = row else { return Ok(None) };
     let mut letter = read(&row)?;
-    letter.headers =
-        Some(read_headers(&row)?.into_iter().map(|(name, value)| Header { name, value }).collect());
-    letter.payload = Some(payload_as_value(row.try_get("payload")?));
-    let entries =
-        sqlx::query("SELECT action, detail, at FROM dead_letter_audit WHERE dead_letter_id = ? ORDER BY id")
-            .bind(id)
-            .fetch_all(db.readers())
-            .await?;
-    let entry = |r: &SqliteRow| {
-        Ok::<_, sqlx::Error>(AuditEntry {
-            action: r.try_get("action")?,
-            detail: r.try_get("detail")?,
-            at: Timestamp::from_millis(r.try_get("at")?),
-        })
-    };
-    letter.audit = Some(entries.iter().map(entry).collect::<Result<_, _>>()?);
+    let headers = row.get::<Json<Vec<(String, String)>>>("headers")?.0;
+    letter.headers = Some(headers.into_iter().map(|(name, value)| Header { name, value }).collect());
+    letter.payload = Some(payload_as_value(&row.get::<Bytes>("payload")?));
+    let entries = db
+        .query("SELECT action, detail, at FROM dead_letter_audit WHERE dead_letter_id = $1 ORDER BY id")
+        .bind(id)
+        .fetch_all()
+        .await?;
+    let entry =
+        |r: &Row| Ok(AuditEntry { action: r.get("action")?, detail: r.get("detail")?, at: r.get("at")? });
+    letter.audit = Some(entries.iter().map(entry).collect::<Result<_, DbError>>()?);
     Ok(Some(letter))
 }
 
-fn read_headers(row: &SqliteRow) -> Result<Vec<(String, String)>, sqlx::Error> {
-    serde_json::from_str(row.try_get("headers")?).map_err(|e| sqlx::Error::Decode(Box::new(e)))
-}
-
-fn read(row: &SqliteRow) -> Result<DeadLetter, sqlx::Error> {
+fn read(row: &Row) -> Result<DeadLetter, DbError> {
     Ok(DeadLetter {
-        id: row.try_get("id")?,
-        consumer: row.try_get("consumer")?,
-        event_id: row.try_get("event_id")?,
-        event: row.try_get("event_name")?,
-        stream: row.try_get("stream")?,
-        stream_seq: u64::try_from(row.try_get::<i64, _>("stream_seq")?).unwrap_or(0),
-        subject: row.try_get("subject")?,
-        reason: row.try_get("reason")?,
-        error: row.try_get("error")?,
-        attempts: row.try_get("attempts")?,
-        redrives: row.try_get("redrives")?,
-        status: row.try_get("status")?,
-        dead_at: Timestamp::from_millis(row.try_get("dead_at")?),
+        id: row.get::<Uuid>("id")?.to_string(),
+        consumer: row.get("consumer")?,
+        event_id: row.get::<Option<Uuid>>("event_id")?.map(|id| id.to_string()),
+        event: row.get("event_name")?,
+        stream: row.get("stream")?,
+        stream_seq: row.get("stream_seq")?,
+        subject: row.get("subject")?,
+        reason: row.get("reason")?,
+        error: row.get("error")?,
+        attempts: row.get("attempts")?,
+        redrives: row.get("redrives")?,
+        status: row.get("status")?,
+        dead_at: row.get("dead_at")?,
         headers: None,
         payload: None,
         audit: None,
@@ -367,62 +392,68 @@ async fn change(
     redrive_limit: u32,
     dry_run: bool,
 ) -> Result<Vec<String>, DbError> {
-    let (sql, binds) = matching(filter)?;
-    let sql = format!(
-        "UPDATE dead_letters SET status = ?5, updated_at = ?6 WHERE {sql} AND status = 'open' AND redrives < ?7 RETURNING id"
-    );
     let mut tx = db.begin().await?;
-    let now = tx.now().as_millis();
-    let mut query = sqlx::query_scalar(AssertSqlSafe(sql));
-    for bind in binds {
-        query = query.bind(bind);
-    }
-    let ids: Vec<String> =
-        query.bind(to.as_str()).bind(now).bind(redrive_limit).fetch_all(tx.sqlite()).await?;
+    let now = tx.now();
+    let query = tx.query(concat!(
+        "UPDATE dead_letters SET status = $7, updated_at = $8 WHERE ",
+        matching!(),
+        " AND status = 'open' AND redrives < $9 RETURNING id"
+    ));
+    let changed = filter
+        .bind(query)
+        .bind(to.as_str())
+        .bind(now)
+        .bind(redrive_limit)
+        .rows(filter.ids())
+        .fetch_all()
+        .await?;
+    let ids: Vec<Uuid> = changed.iter().map(|r| r.get("id")).collect::<Result<_, _>>()?;
     if dry_run {
         tx.rollback().await;
-        return Ok(ids);
+    } else {
+        tx.query(
+            "INSERT INTO dead_letter_audit (dead_letter_id, action, detail, at) SELECT i, $1, 'by an operator', $2 FROM {$3: i}",
+        )
+        .bind(action)
+        .bind(now)
+        .rows(ids.iter().map(|id| (*id,)))
+        .execute()
+        .await?;
+        tx.commit().await?;
     }
-    for id in &ids {
-        audit(&mut tx, id, action, "by an operator").await?;
-    }
-    tx.commit().await?;
-    Ok(ids)
+    Ok(ids.iter().map(Uuid::to_string).collect())
 }
 
 /// Queued dead letters of a consumer, oldest first, a page of them.
-pub(crate) async fn queued(db: &Db, consumer: &str) -> Result<Vec<(String, StoredMessage)>, DbError> {
-    let rows = sqlx::query(
-        "SELECT * FROM dead_letters WHERE status = 'queued' AND consumer = ? ORDER BY id LIMIT 100",
-    )
-    .bind(consumer)
-    .fetch_all(db.readers())
-    .await?;
-    let stored = |row: &SqliteRow| {
+pub(crate) async fn queued(db: &Db, consumer: &str) -> Result<Vec<(Uuid, StoredMessage)>, DbError> {
+    let rows = db
+        .query("SELECT * FROM dead_letters WHERE status = 'queued' AND consumer = $1 ORDER BY id LIMIT 100")
+        .bind(consumer)
+        .fetch_all()
+        .await?;
+    let stored = |row: &Row| {
         let message = Message {
-            subject: row.try_get("subject")?,
+            subject: row.get("subject")?,
             msg_id: None,
-            headers: read_headers(row)?,
-            payload: Bytes::from(row.try_get::<Vec<u8>, _>("payload")?),
+            headers: row.get::<Json<_>>("headers")?.0,
+            payload: row.get("payload")?,
         };
-        let sequence = u64::try_from(row.try_get::<i64, _>("stream_seq")?).unwrap_or(0);
-        let stored_at = Timestamp::from_millis(row.try_get("published_at")?);
-        Ok::<_, sqlx::Error>((row.try_get("id")?, StoredMessage { sequence, stored_at, message }))
+        let (sequence, stored_at) = (row.get("stream_seq")?, row.get("published_at")?);
+        Ok((row.get("id")?, StoredMessage { sequence, stored_at, message }))
     };
-    Ok(rows.iter().map(stored).collect::<Result<_, _>>()?)
+    rows.iter().map(stored).collect()
 }
 
 /// Marks a queued dead letter redriven, in the transaction that runs it; `false` if somebody else has.
-pub(crate) async fn take(tx: &mut Tx, id: &str) -> Result<bool, DbError> {
-    let now = tx.now().as_millis();
-    let done = sqlx::query(
-        "UPDATE dead_letters SET status = 'redriven', updated_at = ? WHERE id = ? AND status = 'queued'",
-    )
-    .bind(now)
-    .bind(id)
-    .execute(tx.sqlite())
-    .await?;
-    if done.rows_affected() == 0 {
+pub(crate) async fn take(tx: &mut Tx, id: Uuid) -> Result<bool, DbError> {
+    let now = tx.now();
+    let taken = tx
+        .query("UPDATE dead_letters SET status = 'redriven', updated_at = $1 WHERE id = $2 AND status = 'queued'")
+        .bind(now)
+        .bind(id)
+        .execute()
+        .await?;
+    if taken == 0 {
         return Ok(false);
     }
     audit(tx, id, "redriven", "took effect").await?;
@@ -430,26 +461,23 @@ pub(crate) async fn take(tx: &mut Tx, id: &str) -> Result<bool, DbError> {
 }
 
 /// Opens a queued dead letter again, with what went wrong this time.
-pub(crate) async fn redrive_failed(db: &Db, id: &str, error: &str) -> Result<(), DbError> {
+pub(crate) async fn redrive_failed(db: &Db, id: Uuid, error: &str) -> Result<(), DbError> {
     let mut tx = db.begin().await?;
-    let now = tx.now().as_millis();
-    sqlx::query(
-        "UPDATE dead_letters SET status = 'open', redrives = redrives + 1, error = ?, updated_at = ?
-         WHERE id = ? AND status = 'queued'",
+    let now = tx.now();
+    tx.query(
+        "UPDATE dead_letters SET status = 'open', redrives = redrives + 1, error = $1, updated_at = $2
+         WHERE id = $3 AND status = 'queued'",
     )
     .bind(error)
     .bind(now)
     .bind(id)
-    .execute(tx.sqlite())
+    .execute()
     .await?;
     audit(&mut tx, id, "failed_again", error).await?;
     tx.commit().await
 }
 
 /// How many wait for a decision.
-pub(crate) async fn open_count(db: &Db) -> Result<u64, sqlx::Error> {
-    let n: i64 = sqlx::query_scalar("SELECT COUNT(*) FROM dead_letters WHERE status = 'open'")
-        .fetch_one(db.readers())
-        .await?;
-    Ok(u64::try_from(n).unwrap_or(0))
+pub(crate) async fn open_count(db: &Db) -> Result<u64, DbError> {
+    db.query("SELECT COUNT(*) AS n FROM dead_letters WHERE status = 'open'").fetch_scalar().await
 }

@@ -6,6 +6,7 @@ use std::ops::Deref;
 use std::sync::Arc;
 
 use axum::extract::{FromRef, State};
+use sqlx::postgres::PgDatabaseError;
 use thiserror::Error;
 
 use crate::db::{DbError, Slot, Tx};
@@ -98,6 +99,11 @@ impl From<SchemaViolation> for Failure {
 fn is_statement_fault(e: &sqlx::Error) -> bool {
     match e {
         sqlx::Error::Database(e) => {
+            if let Some(e) = e.try_downcast_ref::<PgDatabaseError>() {
+                // Data exceptions, violated constraints, unknown names and syntax. All else may pass: locks, deadlocks, shutdowns, limits
+                // (https://www.postgresql.org/docs/current/errcodes-appendix.html).
+                return ["22", "23", "42"].contains(&e.code().get(..2).unwrap_or_default());
+            }
             // SQLite's primary codes for what another try or more room may mend: BUSY, LOCKED, NOMEM, READONLY, INTERRUPT,
             // IOERR, CORRUPT, FULL, CANTOPEN, PROTOCOL (https://sqlite.org/rescode.html).
             let code = e.code().and_then(|c| c.parse::<i32>().ok()).map(|c| c & 0xff);

@@ -23,14 +23,14 @@
 //! struct ParcelPacked { order_id: String }
 //!
 //! async fn pack(Received(order): Received<OrderConfirmed>, mut tx: Tx) -> Result<(), Failure> {
-//!     sqlx::query("INSERT INTO parcels VALUES (?)").bind(&order.order_id).execute(tx.sqlite()).await?;
+//!     tx.query("INSERT INTO parcels (order_id) VALUES ($1)").bind(order.order_id.as_str()).execute().await?;
 //!     let packed = ParcelPacked { order_id: order.order_id.clone() };
 //!     tx.emit(Emission::new(packed, order.order_id, 1))?;
 //!     Ok(())
 //! }
 //!
 //! const MIGRATIONS: &[Migration] =
-//!     &[Migration { version: 1, name: "parcels", sql: "CREATE TABLE parcels (order_id TEXT PRIMARY KEY)" }];
+//!     &[Migration::new(1, "parcels", "CREATE TABLE parcels (order_id TEXT PRIMARY KEY)")];
 //!
 //! # #[tokio::main(flavor = "current_thread")]
 //! # async fn main() -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
@@ -79,6 +79,6 @@ pub use consumer::{Consumer, ConsumerOptions};
 pub use db::{Db, DbError, Migration, Tx};
 pub use event::{CorrelationId, Event, EventId, Lane};
 pub use handler::{Batch, Failure, Meta, Received};
-pub use outbox::{Emission, to_json};
+pub use outbox::Emission;
 pub use service::Service;
 pub use time::{Clock, Timestamp};

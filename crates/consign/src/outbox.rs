@@ -3,26 +3,24 @@
 //! The relay selects what is pending, never "id greater than": a row that commits late is not skipped. It is woken by each
 //! commit, and sweeps now and then for what a crash left behind.
 
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use serde::Serialize;
-use sqlx::sqlite::SqliteRow;
-use sqlx::{Row, SqliteConnection};
 use thiserror::Error;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::broker::{Broker, Message, PubAck, PublishError};
-use crate::db::{Db, DbError};
+use crate::db::{Db, DbError, Json, Row, TxState};
 use crate::event::{Cause, Envelope, Event, EventId, Lane};
 use crate::retry::Backoff;
 use crate::schema::{self, SchemaViolation};
 use crate::{Timestamp, telemetry};
 
 /// Rows published per round; the next round's rows gather meanwhile, so rounds grow with the load.
-const BATCH: i64 = 1024;
+const BATCH: usize = 1024;
 /// How often the relay looks without having been woken.
 const SWEEP: Duration = Duration::from_secs(5);
 /// A publish that takes longer is repeated with the same id.
@@ -86,6 +84,7 @@ pub enum EmitError {
 #[derive(Debug)]
 pub(crate) struct Recorded {
     pub event_id: EventId,
+    pub lane: Lane,
     pub message: Message,
     pub created_at: Timestamp,
 }
@@ -112,56 +111,74 @@ pub(crate) fn record<E: Event>(
     };
     let payload = Bytes::from(serde_json::to_vec(&value)?);
     let message = envelope.into_message(emission.key.as_deref(), payload);
-    Ok(Recorded { event_id: id, message, created_at: now })
+    Ok(Recorded { event_id: id, lane: emission.lane, message, created_at: now })
 }
 
-/// Two statements, however many events. The sequence of the first.
+/// Two statements at most, however many events. The sequences of the rows, in the events' order. Until `lease` nobody else publishes them.
 pub(crate) async fn write(
-    conn: &mut SqliteConnection,
-    db: &Db,
+    tx: &mut TxState,
     recorded: &[Recorded],
-) -> Result<i64, sqlx::Error> {
-    #[derive(Serialize)]
-    struct Row<'a>(String, &'a str, &'a str, String, &'a str, i64);
+    lease: Option<Timestamp>,
+) -> Result<Vec<i64>, DbError> {
     if recorded.is_empty() {
-        return Ok(0);
+        return Ok(Vec::new());
     }
-    let rows: Vec<Row<'_>> = recorded
-        .iter()
-        .map(|r| {
-            Ok(Row(
-                r.event_id.to_string(),
-                r.message.msg_id.as_deref().unwrap_or_default(),
-                &r.message.subject,
-                to_json(&r.message.headers)?,
-                std::str::from_utf8(&r.message.payload).map_err(|e| sqlx::Error::Encode(Box::new(e)))?,
-                r.created_at.as_millis(),
-            ))
-        })
-        .collect::<Result<_, sqlx::Error>>()?;
-    db.count_statement();
-    let inserted = sqlx::query(
-        "INSERT INTO outbox (event_id, msg_id, subject, headers, payload, created_at)
-         SELECT value ->> 0, value ->> 1, value ->> 2, value ->> 3, CAST(value ->> 4 AS BLOB), value ->> 5
-         FROM json_each(?)",
-    )
-    .bind(to_json(&rows)?)
-    .execute(&mut *conn)
-    .await?;
-    let last = inserted.last_insert_rowid();
-    let count = i64::try_from(recorded.len()).unwrap_or(i64::MAX);
-    db.count_statement();
-    // There is one writer, so the new rows are the last ones.
-    sqlx::query("INSERT INTO outbox_pending (seq) SELECT seq FROM outbox WHERE seq > ?")
-        .bind(last - count)
-        .execute(conn)
+    let shared = tx.db().is_shared();
+    let not_before = lease.unwrap_or(Timestamp::from_millis(0));
+    let rows = recorded.iter().map(|r| {
+        (
+            r.event_id,
+            r.message.msg_id.as_deref().unwrap_or_default(),
+            r.message.subject.as_str(),
+            Json(r.message.headers.clone()),
+            r.message.payload.clone(),
+            r.created_at,
+            lane_number(r.lane),
+        )
+    });
+    if shared {
+        // Numbers are given out in the rows' order, though not without gaps: other transactions take some in between.
+        let inserted = tx
+            .query(
+                "WITH given AS (SELECT * FROM {$2: event_id, msg_id, subject, headers, payload bytes, created_at, lane}),
+                      new AS (INSERT INTO outbox (event_id, msg_id, subject, headers, payload, created_at)
+                              SELECT event_id, msg_id, subject, headers, payload, created_at FROM given RETURNING seq, event_id)
+                 INSERT INTO outbox_pending (seq, lane, not_before)
+                 SELECT new.seq, given.lane, $1 FROM new JOIN given USING (event_id) RETURNING seq",
+            )
+            .bind(not_before)
+            .rows(rows)
+            .fetch_all()
+            .await?;
+        let mut seqs: Vec<i64> = inserted.iter().map(|r| r.get("seq")).collect::<Result<_, _>>()?;
+        seqs.sort_unstable();
+        return Ok(seqs);
+    }
+    let inserted = tx
+        .query(
+            "INSERT INTO outbox (event_id, msg_id, subject, headers, payload, created_at)
+             SELECT event_id, msg_id, subject, headers, payload, created_at
+             FROM {$1: event_id, msg_id, subject, headers, payload bytes, created_at, lane} RETURNING seq",
+        )
+        .rows(rows)
+        .fetch_all()
         .await?;
-    Ok(last - count + 1)
+    let mut seqs: Vec<i64> = inserted.iter().map(|r| r.get("seq")).collect::<Result<_, _>>()?;
+    seqs.sort_unstable();
+    tx.query("INSERT INTO outbox_pending (seq, lane, not_before) SELECT seq, lane, $1 FROM {$2: seq, lane}")
+        .bind(not_before)
+        .rows(seqs.iter().zip(recorded).map(|(seq, r)| (*seq, lane_number(r.lane))))
+        .execute()
+        .await?;
+    Ok(seqs)
 }
 
-/// JSON for a statement's parameter: `json_each(?)` turns it into rows, so that one statement serves a whole batch.
-pub fn to_json<T: Serialize>(value: &T) -> Result<String, sqlx::Error> {
-    serde_json::to_string(value).map_err(|e| sqlx::Error::Encode(Box::new(e)))
+/// Lanes in the order in which they are published.
+const fn lane_number(lane: Lane) -> i64 {
+    match lane {
+        Lane::Express => 0,
+        Lane::Standard => 1,
+    }
 }
 
 /// Publishes the outbox of one database until told to stop; then once more, so that a drained service leaves nothing behind.
@@ -171,20 +188,9 @@ pub(crate) async fn relay(db: Db, broker: Arc<dyn Broker>, stop: CancellationTok
     let mut sweep = true;
     loop {
         let stopping = stop.is_cancelled();
-        let fresh = db.take_fresh();
-        sweep |= fresh.overflow;
-        let round = async {
-            if sweep || fresh.rows.is_empty() {
-                publish(&db, broker.as_ref(), select_pending(&db).await?).await
-            } else {
-                publish(&db, broker.as_ref(), fresh.rows).await
-            }
-        };
-        // What is taken from memory and then not published is found in the table.
-        match round.await {
+        match round(&db, broker.as_ref(), &mut sweep).await {
             Ok(n) => {
                 backoff.reset();
-                sweep = sweep && n > 0;
                 if n > 0 {
                     continue;
                 }
@@ -216,12 +222,32 @@ pub(crate) async fn relay(db: Db, broker: Arc<dyn Broker>, stop: CancellationTok
     }
 }
 
+/// Publishes some of what was just committed, and when sweeping some of what the table holds; how many.
+async fn round(db: &Db, broker: &dyn Broker, sweep: &mut bool) -> Result<usize, RelayError> {
+    let status = broker.status();
+    if !status.connected {
+        // Nothing is taken out of memory that could not be published.
+        let first = PublishError::Unknown(status.detail.unwrap_or_else(|| "disconnected".into()));
+        return if db.outbox_depth() == 0 { Ok(0) } else { Err(RelayError::Refused { count: 0, first }) };
+    }
+    let (mut rows, overflow) = db.take_fresh(BATCH);
+    *sweep |= overflow;
+    if *sweep {
+        db.count_outbox().await?;
+        let room = BATCH.saturating_sub(rows.len());
+        let swept = claim_pending(db, room.max(BATCH / 4)).await?;
+        *sweep = !swept.is_empty();
+        // On SQLite what is in memory is in the table too, and nobody has leased it.
+        let known: HashSet<i64> = rows.iter().map(|(seq, _)| *seq).collect();
+        rows.extend(swept.into_iter().filter(|(seq, _)| !known.contains(seq)));
+    }
+    publish(db, broker, rows).await
+}
+
 #[derive(Debug, Error)]
 enum RelayError {
     #[error("database")]
     Db(#[from] DbError),
-    #[error("database")]
-    Sql(#[from] sqlx::Error),
     #[error("the broker acknowledged none of {count} events")]
     Refused {
         count: usize,
@@ -230,40 +256,68 @@ enum RelayError {
     },
 }
 
-/// Rows the broker has not acknowledged, oldest first.
-async fn select_pending(db: &Db) -> Result<Vec<(i64, Message)>, RelayError> {
-    let rows = sqlx::query(
-        "SELECT p.seq, o.msg_id, o.subject, o.headers, o.payload FROM outbox_pending p JOIN outbox o ON o.seq = p.seq
-         WHERE p.not_before <= ? ORDER BY p.seq LIMIT ?",
-    )
-    .bind(db.clock().now().as_millis())
-    .bind(BATCH)
-    .fetch_all(db.readers())
-    .await?;
-    let message = |row: &SqliteRow| {
-        Ok::<_, sqlx::Error>((
-            row.try_get("seq")?,
+/// Rows the broker has not acknowledged and nobody is publishing, the express ones first; where there are other replicas, they are then
+/// leased to this one. It selects what is pending, never what has a greater number: a row that commits late is not passed over.
+async fn claim_pending(db: &Db, max: usize) -> Result<Vec<(i64, Message)>, RelayError> {
+    let mut rows = Vec::new();
+    for (lane, share) in [(Lane::Express, max - max / 4), (Lane::Standard, max)] {
+        let room = share.saturating_sub(rows.len());
+        if room == 0 {
+            continue;
+        }
+        let now = db.clock().now();
+        let claimed = if db.is_shared() {
+            let mut tx = db.begin().await?;
+            let claimed = tx
+                .query(
+                    "WITH due AS (SELECT seq FROM outbox_pending WHERE lane = $1 AND not_before <= $2 ORDER BY seq LIMIT $3 {skip}),
+                          leased AS (UPDATE outbox_pending p SET not_before = $4 FROM due WHERE p.seq = due.seq RETURNING p.seq)
+                     SELECT o.seq, o.msg_id, o.subject, o.headers, o.payload FROM leased JOIN outbox o ON o.seq = leased.seq
+                     ORDER BY o.seq",
+                )
+                .bind(lane_number(lane))
+                .bind(now)
+                .bind(room)
+                .bind(now + PUBLISH_TIMEOUT)
+                .fetch_all()
+                .await?;
+            if claimed.is_empty() {
+                tx.rollback().await;
+            } else {
+                tx.commit().await?;
+            }
+            claimed
+        } else {
+            db.query(
+                "SELECT p.seq, o.msg_id, o.subject, o.headers, o.payload FROM outbox_pending p JOIN outbox o ON o.seq = p.seq
+                 WHERE p.lane = $1 AND p.not_before <= $2 ORDER BY p.seq LIMIT $3",
+            )
+            .bind(lane_number(lane))
+            .bind(now)
+            .bind(room)
+            .fetch_all()
+            .await?
+        };
+        rows.extend(claimed);
+    }
+    let message = |row: &Row| {
+        Ok::<_, DbError>((
+            row.get("seq")?,
             Message {
-                subject: row.try_get("subject")?,
-                msg_id: Some(row.try_get("msg_id")?),
-                headers: serde_json::from_str(row.try_get("headers")?)
-                    .map_err(|e| sqlx::Error::Decode(Box::new(e)))?,
-                payload: Bytes::from(row.try_get::<Vec<u8>, _>("payload")?),
+                subject: row.get("subject")?,
+                msg_id: Some(row.get("msg_id")?),
+                headers: row.get::<Json<_>>("headers")?.0,
+                payload: row.get("payload")?,
             },
         ))
     };
     Ok(rows.iter().map(message).collect::<Result<_, _>>()?)
 }
 
-/// One round: publish, then mark what was acknowledged. The count of rows published.
+/// Publishes, then marks what was acknowledged. The count of rows published.
 async fn publish(db: &Db, broker: &dyn Broker, rows: Vec<(i64, Message)>) -> Result<usize, RelayError> {
     if rows.is_empty() {
         return Ok(0);
-    }
-    let status = broker.status();
-    if !status.connected {
-        let first = PublishError::Unknown(status.detail.unwrap_or_else(|| "disconnected".into()));
-        return Err(RelayError::Refused { count: rows.len(), first });
     }
     let now = db.clock().now();
     let (seqs, messages): (Vec<i64>, Vec<Message>) = rows.into_iter().unzip();
@@ -298,53 +352,59 @@ async fn publish(db: &Db, broker: &dyn Broker, rows: Vec<(i64, Message)>) -> Res
 }
 
 async fn mark(db: &Db, published: &[(i64, PubAck)], now: Timestamp) -> Result<(), RelayError> {
-    let rows: Vec<(i64, &str, u64)> =
-        published.iter().map(|(seq, a)| (*seq, &*a.stream, a.sequence)).collect();
-    let rows = to_json(&rows)?;
     let mut tx = db.begin().await?;
-    tx.count_statement();
-    sqlx::query(
-        "INSERT OR IGNORE INTO outbox_published (seq, stream, stream_seq, published_at)
-         SELECT value ->> 0, value ->> 1, value ->> 2, ? FROM json_each(?)",
+    tx.query(
+        "INSERT INTO outbox_published (seq, stream, stream_seq, published_at)
+         SELECT seq, stream, stream_seq, $1 FROM {$2: seq, stream, stream_seq} WHERE true ON CONFLICT DO NOTHING",
     )
-    .bind(now.as_millis())
-    .bind(rows.as_str())
-    .execute(tx.sqlite())
+    .bind(now)
+    .rows(published.iter().map(|(seq, ack)| (*seq, &*ack.stream, ack.sequence)))
+    .execute()
     .await?;
-    tx.count_statement();
-    let gone = sqlx::query("DELETE FROM outbox_pending WHERE seq IN (SELECT value ->> 0 FROM json_each(?))")
-        .bind(rows.as_str())
-        .execute(tx.sqlite())
-        .await?
-        .rows_affected();
+    let gone = tx
+        .query("DELETE FROM outbox_pending WHERE seq IN (SELECT seq FROM {$1: seq})")
+        .rows(published.iter().map(|(seq, _)| (*seq,)))
+        .execute()
+        .await?;
     tx.commit().await?;
-    db.outbox_shrank(usize::try_from(gone).unwrap_or(0));
+    db.outbox_shrank(gone);
     Ok(())
 }
 
 /// Rows the broker refused wait a little, so that they do not hold up the rest.
 async fn postpone(db: &Db, refused: &[(i64, PublishError)], now: Timestamp) -> Result<(), RelayError> {
-    let rows: Vec<(i64, String)> = refused.iter().map(|(seq, e)| (*seq, e.to_string())).collect();
     let mut tx = db.begin().await?;
-    sqlx::query(
-        "UPDATE outbox_pending SET attempts = attempts + 1, last_error = e.value ->> 1,
-             not_before = ? + MIN(30000, 100 * (1 << MIN(attempts, 10)))
-         FROM json_each(?) e WHERE seq = e.value ->> 0",
+    let seqs: Vec<i64> = refused.iter().map(|(seq, _)| *seq).collect();
+    let known = tx
+        .query("SELECT seq, attempts FROM outbox_pending WHERE seq IN (SELECT seq FROM {$1: seq}) ORDER BY seq {lock}")
+        .rows(seqs.iter().map(|seq| (*seq,)))
+        .fetch_all()
+        .await?;
+    let attempts: HashMap<i64, u32> =
+        known.iter().map(|r| Ok((r.get("seq")?, r.get("attempts")?))).collect::<Result<_, DbError>>()?;
+    let rows = refused.iter().filter_map(|(seq, error)| {
+        let before = *attempts.get(seq)?;
+        let wait = Duration::from_millis(100) * 2_u32.pow(before.min(10));
+        Some((*seq, error.to_string(), now + wait.min(Duration::from_secs(30))))
+    });
+    tx.query(
+        "UPDATE outbox_pending SET attempts = attempts + 1, last_error = r.error, not_before = r.until
+         FROM {$1: id, error, until} WHERE seq = r.id",
     )
-    .bind(now.as_millis())
-    .bind(to_json(&rows)?)
-    .execute(tx.sqlite())
+    .rows(rows)
+    .execute()
     .await?;
     tx.commit().await?;
     Ok(())
 }
 
 /// When the oldest pending event was recorded.
-pub(crate) async fn oldest_pending(db: &Db) -> Result<Option<Timestamp>, sqlx::Error> {
-    let at: Option<i64> = sqlx::query_scalar(
-        "SELECT o.created_at FROM outbox_pending p JOIN outbox o ON o.seq = p.seq ORDER BY p.seq LIMIT 1",
-    )
-    .fetch_optional(db.readers())
-    .await?;
-    Ok(at.map(Timestamp::from_millis))
+pub(crate) async fn oldest_pending(db: &Db) -> Result<Option<Timestamp>, DbError> {
+    let row = db
+        .query(
+            "SELECT o.created_at FROM outbox_pending p JOIN outbox o ON o.seq = p.seq ORDER BY p.seq LIMIT 1",
+        )
+        .fetch_optional()
+        .await?;
+    row.map(|r| r.get("created_at")).transpose()
 }

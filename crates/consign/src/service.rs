@@ -67,10 +67,19 @@ pub enum StartError {
 /// Old rows of a table, to be removed in small steps.
 #[derive(Clone, Copy, Debug)]
 pub struct Prune {
-    /// Deletes up to 1000 rows older than `?1` (milliseconds).
-    pub sql: &'static str,
+    /// Deletes up to 1000 rows older than `$1`, on SQLite.
+    pub sqlite: &'static str,
+    /// The same on PostgreSQL.
+    pub postgres: &'static str,
     /// How long rows are kept.
     pub keep: Duration,
+}
+
+impl Prune {
+    /// With a text for both databases.
+    pub const fn new(sql: &'static str, keep: Duration) -> Self {
+        Self { sqlite: sql, postgres: sql, keep }
+    }
 }
 
 /// Everything a service is, before it runs.
@@ -100,27 +109,31 @@ impl Service {
         let prunes = vec![
             Prune {
                 // Each step must find the next rows, not those the step before has dealt with: hence the join, and what has no event any more.
-                sql: "DELETE FROM outbox WHERE seq IN (SELECT seq FROM
+                sqlite: "DELETE FROM outbox WHERE seq IN (SELECT seq FROM
                         (SELECT o.seq, p.published_at FROM outbox o CROSS JOIN outbox_published p ON p.seq = o.seq ORDER BY o.seq LIMIT 1000)
-                        WHERE published_at < ?1)",
+                        WHERE published_at < $1)",
+                postgres: "DELETE FROM outbox WHERE seq IN (SELECT seq FROM
+                        (SELECT o.seq, p.published_at FROM outbox o JOIN outbox_published p ON p.seq = o.seq
+                         ORDER BY o.seq LIMIT 1000 FOR UPDATE OF o SKIP LOCKED) AS oldest
+                        WHERE published_at < $1)",
                 keep: config.outbox.history,
             },
-            Prune {
-                sql: "DELETE FROM outbox_published WHERE seq IN (SELECT seq FROM outbox_published
-                        WHERE seq < COALESCE((SELECT MIN(seq) FROM outbox), 9223372036854775807) AND published_at < ?1
-                        ORDER BY seq LIMIT 1000)",
-                keep: config.outbox.history,
-            },
-            Prune {
-                sql: "DELETE FROM inbox WHERE (consumer, event_id) IN
-                        (SELECT consumer, event_id FROM inbox WHERE handled_at < ?1 ORDER BY handled_at LIMIT 1000)",
-                keep: config.consumer.inbox_retention,
-            },
-            Prune {
-                sql: "DELETE FROM idempotency WHERE (operation, key) IN
-                        (SELECT operation, key FROM idempotency WHERE created_at < ?1 ORDER BY created_at LIMIT 1000)",
-                keep: config.http.idempotency_retention,
-            },
+            Prune::new(
+                "DELETE FROM outbox_published WHERE seq IN (SELECT seq FROM outbox_published
+                        WHERE seq < COALESCE((SELECT MIN(seq) FROM outbox), 9223372036854775807) AND published_at < $1
+                        ORDER BY seq LIMIT 1000 {skip})",
+                config.outbox.history,
+            ),
+            Prune::new(
+                "DELETE FROM inbox WHERE (consumer, event_id) IN
+                        (SELECT consumer, event_id FROM inbox WHERE handled_at < $1 ORDER BY handled_at LIMIT 1000 {skip})",
+                config.consumer.inbox_retention,
+            ),
+            Prune::new(
+                "DELETE FROM idempotency WHERE (operation, key) IN
+                        (SELECT operation, key FROM idempotency WHERE created_at < $1 ORDER BY created_at LIMIT 1000 {skip})",
+                config.http.idempotency_retention,
+            ),
         ];
         Self {
             config,
@@ -477,9 +490,9 @@ async fn housekeeping(vitals: Arc<Vitals>, prunes: Vec<Prune>, stop: Cancellatio
 
 async fn prune_table(db: &Db, prune: Prune, stop: &CancellationToken) -> Result<(), DbError> {
     while !stop.is_cancelled() {
-        let before = (db.clock().now() - prune.keep).as_millis();
+        let before = db.clock().now() - prune.keep;
         let mut tx = db.begin().await?;
-        let gone = sqlx::query(prune.sql).bind(before).execute(tx.sqlite()).await?.rows_affected();
+        let gone = tx.query_each(prune.sqlite, prune.postgres).bind(before).execute().await?;
         if gone == 0 {
             tx.rollback().await;
             return Ok(());

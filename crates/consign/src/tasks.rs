@@ -4,7 +4,7 @@
 //! commits its outcome together with its removal. A crash between leaves the lease to run out, and the task runs again; so what it calls must
 //! take an idempotency key.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,15 +12,13 @@ use std::time::Duration;
 use async_trait::async_trait;
 use futures_util::FutureExt;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
-use sqlx::sqlite::SqliteRow;
-use sqlx::{Row, SqliteConnection};
+use serde_json::Value;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use crate::db::{Db, DbError, Tx};
+use crate::db::{Db, DbError, Json, Row, Tx, TxState};
 use crate::event::Cause;
 use crate::handler::BoxError;
-use crate::outbox::to_json;
 use crate::retry::{Backoff, RetryPolicy};
 use crate::{Timestamp, telemetry};
 
@@ -97,15 +95,13 @@ pub trait TaskHandler: Send + Sync + 'static {
 }
 
 /// A row of `tasks` to be.
-#[derive(Debug, Serialize)]
+#[derive(Debug)]
 pub(crate) struct Scheduled {
     kind: &'static str,
     key: String,
-    payload: String,
-    due_at: i64,
-    correlation_id: String,
-    causation_id: Option<String>,
-    traceparent: Option<String>,
+    payload: Value,
+    due_at: Timestamp,
+    cause: Cause,
 }
 
 impl Scheduled {
@@ -114,7 +110,7 @@ impl Scheduled {
     }
 
     pub(crate) fn due(&self) -> Timestamp {
-        Timestamp::from_millis(self.due_at)
+        self.due_at
     }
 
     pub(crate) fn new<T: Task>(
@@ -123,52 +119,58 @@ impl Scheduled {
         due: Timestamp,
         cause: Cause,
     ) -> Result<Self, DbError> {
-        Ok(Self {
-            kind: T::KIND,
-            key,
-            payload: to_json(payload)?,
-            due_at: due.as_millis(),
-            correlation_id: cause.correlation_id.as_str().to_owned(),
-            causation_id: cause.causation_id.map(|id| id.to_string()),
-            traceparent: cause.traceparent,
-        })
+        let payload =
+            serde_json::to_value(payload).map_err(|e| DbError::Sql(sqlx::Error::Encode(Box::new(e))))?;
+        Ok(Self { kind: T::KIND, key, payload, due_at: due, cause })
     }
 }
 
 /// One statement for all that is scheduled, one per kind for all that is cancelled.
 pub(crate) async fn write(
-    conn: &mut SqliteConnection,
-    db: &Db,
+    tx: &mut TxState,
     scheduled: &[Scheduled],
     cancelled: &[(&'static str, String)],
-) -> Result<(), sqlx::Error> {
-    let now = db.clock().now().as_millis();
+) -> Result<(), DbError> {
+    let now = tx.db().clock().now();
     if !scheduled.is_empty() {
-        db.count_statement();
-        sqlx::query(
+        let rows = scheduled.iter().map(|s| {
+            (
+                s.kind,
+                s.key.as_str(),
+                Json(s.payload.clone()),
+                s.due_at,
+                s.cause.correlation_id.as_str(),
+                s.cause.causation_id,
+                s.cause.traceparent.as_deref(),
+            )
+        });
+        tx.query(
             "INSERT INTO tasks (kind, key, payload, due_at, correlation_id, causation_id, traceparent, created_at)
-             SELECT value ->> 'kind', value ->> 'key', value ->> 'payload', value ->> 'due_at',
-                 value ->> 'correlation_id', value ->> 'causation_id', value ->> 'traceparent', ?
-             FROM json_each(?) WHERE true ON CONFLICT (kind, key) DO NOTHING",
+             SELECT kind, key, payload, due_at, correlation_id, causation_id, traceparent, $1
+             FROM {$2: kind, key, payload, due_at, correlation_id, causation_id, traceparent}
+             WHERE true ON CONFLICT (kind, key) DO NOTHING",
         )
         .bind(now)
-        .bind(to_json(&scheduled)?)
-        .execute(&mut *conn)
+        .rows(rows)
+        .execute()
         .await?;
     }
     let mut by_kind: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
     for (kind, key) in cancelled {
         by_kind.entry(kind).or_default().push(key);
     }
-    for (kind, keys) in by_kind {
-        db.count_statement();
-        sqlx::query(
-            "DELETE FROM tasks WHERE kind = ? AND lease_until <= ? AND key IN (SELECT value FROM json_each(?))",
+    for (kind, mut keys) in by_kind {
+        keys.sort_unstable();
+        tx.query_each(
+            "DELETE FROM tasks WHERE kind = $1 AND lease_until <= $2 AND key IN (SELECT k FROM {$3: k})",
+            // Somebody who has one of them locked is at it.
+            "DELETE FROM tasks WHERE id IN
+               (SELECT id FROM tasks WHERE kind = $1 AND lease_until <= $2 AND key IN (SELECT k FROM {$3: k}) ORDER BY id {skip})",
         )
         .bind(kind)
         .bind(now)
-        .bind(to_json(&keys)?)
-        .execute(&mut *conn)
+        .rows(keys.into_iter().map(|k| (k,)))
+        .execute()
         .await?;
     }
     Ok(())
@@ -257,30 +259,29 @@ impl<H: TaskHandler> Worker<H> {
     async fn claim(&mut self, limit: usize) -> Result<(), DbError> {
         let now = self.db.clock().now();
         let mut tx = self.db.begin().await?;
-        tx.count_statement();
-        let rows = sqlx::query(
-            "UPDATE tasks SET lease_until = ?, attempts = attempts + 1 WHERE id IN
-               (SELECT id FROM tasks WHERE kind = ? AND due_at <= ? AND lease_until <= ? ORDER BY due_at LIMIT ?)
-             RETURNING *",
-        )
-        .bind((now + self.options.lease).as_millis())
-        .bind(H::Task::KIND)
-        .bind(now.as_millis())
-        .bind(now.as_millis())
-        .bind(i64::try_from(limit).unwrap_or(i64::MAX))
-        .fetch_all(tx.sqlite())
-        .await?;
+        let rows = tx
+            .query(
+                "UPDATE tasks SET lease_until = $1, attempts = attempts + 1 WHERE id IN
+                   (SELECT id FROM tasks WHERE kind = $2 AND due_at <= $3 AND lease_until <= $3 ORDER BY due_at LIMIT $4 {skip})
+                 RETURNING *",
+            )
+            .bind(now + self.options.lease)
+            .bind(H::Task::KIND)
+            .bind(now)
+            .bind(limit)
+            .fetch_all()
+            .await?;
         let next_due = if rows.len() < limit {
-            tx.count_statement();
-            let at: Option<i64> = sqlx::query_scalar(
-                "SELECT MIN(at) FROM (SELECT MAX(due_at, lease_until) AS at FROM tasks WHERE kind = ? ORDER BY due_at LIMIT ?)",
+            tx.query_each(
+                "SELECT MIN(at) AS at FROM (SELECT MAX(due_at, lease_until) AS at FROM tasks WHERE kind = $1 ORDER BY due_at LIMIT $2)",
+                "SELECT MIN(at) AS at FROM
+                   (SELECT GREATEST(due_at, lease_until) AS at FROM tasks WHERE kind = $1 ORDER BY due_at LIMIT $2) AS next",
             )
             .bind(H::Task::KIND)
             // Those leased come first; one more is the first that is not.
-            .bind(i64::try_from(self.options.concurrency + 1).unwrap_or(i64::MAX))
-            .fetch_one(tx.sqlite())
-            .await?;
-            at.map(Timestamp::from_millis)
+            .bind(self.options.concurrency + 1)
+            .fetch_scalar::<Option<Timestamp>>()
+            .await?
         } else {
             Some(now)
         };
@@ -345,37 +346,35 @@ impl<H: TaskHandler> Worker<H> {
         let mut tx = self.db.begin().await?;
         if !done.is_empty() {
             // Attempts fence: who lost the lease to somebody else finds its row changed.
-            let keys: Vec<(i64, u32)> = done.iter().map(|(t, _)| (t.id, t.attempts)).collect();
-            tx.count_statement();
-            let rows = sqlx::query(
-                "DELETE FROM tasks WHERE (id, attempts) IN (SELECT value ->> 0, value ->> 1 FROM json_each(?))
-                 RETURNING id",
-            )
-            .bind(to_json(&keys)?)
-            .fetch_all(tx.sqlite())
-            .await?;
-            let ours: std::collections::HashSet<i64> =
-                rows.iter().map(|r| r.try_get("id")).collect::<Result<_, _>>()?;
+            let mut keys: Vec<(i64, u32)> = done.iter().map(|(t, _)| (t.id, t.attempts)).collect();
+            keys.sort_unstable();
+            let rows = tx
+                .query("DELETE FROM tasks WHERE (id, attempts) IN (SELECT i, n FROM {$1: i, n}) RETURNING id")
+                .rows(keys)
+                .fetch_all()
+                .await?;
+            let ours: HashSet<i64> = rows.iter().map(|r| r.get("id")).collect::<Result<_, _>>()?;
             done.retain(|(t, _)| ours.contains(&t.id));
             self.handler.finish(&mut tx, done).await?;
         }
         if !failed.is_empty() {
             let now = self.db.clock().now();
-            let rows: Vec<(i64, u32, i64, String)> = failed
+            let mut rows: Vec<(i64, u32, Timestamp, String)> = failed
                 .iter()
                 .map(|(t, e)| {
                     let due = now + self.options.retry.delay(t.attempts);
                     self.next_due = Some(self.next_due.map_or(due, |t| t.min(due)));
-                    (t.id, t.attempts, due.as_millis(), telemetry::chain(e.as_ref()))
+                    (t.id, t.attempts, due, telemetry::chain(e.as_ref()))
                 })
                 .collect();
-            tx.count_statement();
-            sqlx::query(
-                "UPDATE tasks SET lease_until = 0, due_at = e.value ->> 2, last_error = e.value ->> 3
-                 FROM json_each(?) e WHERE tasks.id = e.value ->> 0 AND attempts = e.value ->> 1",
+            rows.sort_unstable();
+            tx.query(
+                "UPDATE tasks SET lease_until = $1, due_at = r.due, last_error = r.error
+                 FROM {$2: i, n, due, error} WHERE tasks.id = r.i AND attempts = r.n",
             )
-            .bind(to_json(&rows)?)
-            .execute(tx.sqlite())
+            .bind(Timestamp::from_millis(0))
+            .rows(rows)
+            .execute()
             .await?;
         }
         tx.commit().await?;
@@ -410,41 +409,38 @@ async fn run_one<H: TaskHandler>(
     result
 }
 
-/// At start nobody else holds a lease: a SQLite file has one process.
+/// At start nobody else holds a lease, where nobody else may: a SQLite file has one process. Elsewhere leases run out.
 async fn release_leases(db: &Db, kind: &str) -> Result<(), DbError> {
+    if db.is_shared() {
+        return Ok(());
+    }
     let mut tx = db.begin().await?;
-    sqlx::query("UPDATE tasks SET lease_until = 0 WHERE kind = ? AND lease_until > 0")
+    tx.query("UPDATE tasks SET lease_until = 0 WHERE kind = $1 AND lease_until > 0")
         .bind(kind)
-        .execute(tx.sqlite())
+        .execute()
         .await?;
     tx.commit().await
 }
 
-fn leased<T: Task>(row: &SqliteRow) -> Result<Leased<T>, sqlx::Error> {
-    fn decode(e: impl std::error::Error + Send + Sync + 'static) -> sqlx::Error {
-        sqlx::Error::Decode(Box::new(e))
-    }
-    let causation_id: Option<&str> = row.try_get("causation_id")?;
+fn leased<T: Task>(row: &Row) -> Result<Leased<T>, DbError> {
     Ok(Leased {
-        id: row.try_get("id")?,
-        key: row.try_get("key")?,
-        payload: serde_json::from_str(row.try_get("payload")?).map_err(decode)?,
-        attempts: row.try_get("attempts")?,
-        due_at: Timestamp::from_millis(row.try_get("due_at")?),
+        id: row.get("id")?,
+        key: row.get("key")?,
+        payload: row.get::<Json<T>>("payload")?.0,
+        attempts: row.get("attempts")?,
+        due_at: row.get("due_at")?,
         cause: Cause {
-            correlation_id: row.try_get::<&str, _>("correlation_id")?.parse().map_err(decode)?,
-            causation_id: causation_id.map(str::parse).transpose().map_err(decode)?,
-            traceparent: row.try_get("traceparent")?,
+            correlation_id: row.parse("correlation_id")?,
+            causation_id: row.get("causation_id")?,
+            traceparent: row.get("traceparent")?,
         },
     })
 }
 
 /// How many tasks could run now, for metrics.
-pub(crate) async fn due(db: &Db) -> Result<u64, sqlx::Error> {
-    let n: i64 = sqlx::query_scalar("SELECT COUNT(*) FROM tasks WHERE due_at <= ? AND lease_until <= ?")
-        .bind(db.clock().now().as_millis())
-        .bind(db.clock().now().as_millis())
-        .fetch_one(db.readers())
-        .await?;
-    Ok(u64::try_from(n).unwrap_or(0))
+pub(crate) async fn due(db: &Db) -> Result<u64, DbError> {
+    db.query("SELECT COUNT(*) AS n FROM tasks WHERE due_at <= $1 AND lease_until <= $1")
+        .bind(db.clock().now())
+        .fetch_scalar()
+        .await
 }

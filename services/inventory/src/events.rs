@@ -1,10 +1,11 @@
 //! What inventory does about orders. Each handler takes a whole batch: its statements do not grow with it.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use consign::handler::Item;
-use consign::{Batch, Consumer, ConsumerOptions, DbError, Emission, Failure, Tx, to_json};
+use consign::{Batch, Consumer, ConsumerOptions, DbError, Emission, Failure, Timestamp, Tx};
 use contracts::{OrderCancelled, OrderConfirmed, OrderCreated, StockRejected, StockReserved, streams};
+use uuid::Uuid;
 
 use crate::domain::{self, Lines, Misfit, Outcome, Reservation, Shelf};
 use crate::store::{self, ReservationRow};
@@ -22,75 +23,91 @@ pub fn orders(options: ConsumerOptions) -> Consumer<()> {
 struct Ledger {
     before: Shelf,
     shelf: Shelf,
-    reservations: HashMap<String, (Reservation, Lines)>,
-    rows: Vec<ReservationRow>,
+    reservations: HashMap<Uuid, (Reservation, Lines)>,
+    new: BTreeMap<Uuid, ReservationRow>,
+    changed: BTreeMap<Uuid, Reservation>,
 }
 
 impl Ledger {
     /// Loads the reservations of the orders and the stock of their products, and of `more`.
-    async fn load(tx: &mut Tx, orders: &[String], more: &[Lines]) -> Result<Self, DbError> {
+    async fn load(tx: &mut Tx, orders: &[Uuid], more: &[Lines]) -> Result<Self, DbError> {
         let reservations = store::reservations(tx, orders).await?;
         let known = reservations.values().map(|(_, lines)| lines);
         let products: BTreeSet<&str> = known.chain(more).flat_map(Lines::products).collect();
         let shelf = store::shelf(tx, &products.into_iter().collect::<Vec<_>>()).await?;
-        Ok(Self { before: shelf.clone(), shelf, reservations, rows: Vec::new() })
+        Ok(Self {
+            before: shelf.clone(),
+            shelf,
+            reservations,
+            new: BTreeMap::new(),
+            changed: BTreeMap::new(),
+        })
     }
 
-    fn current(&self, order: &str) -> (Option<Reservation>, Lines) {
-        let found = self.reservations.get(order);
+    fn current(&self, order: Uuid) -> (Option<Reservation>, Lines) {
+        let found = self.reservations.get(&order);
         (found.map(|(r, _)| *r), found.map(|(_, l)| l.clone()).unwrap_or_default())
     }
 
     fn set<E>(
         &mut self,
-        order: &str,
+        order: Uuid,
         item: &Item<E>,
         to: Reservation,
         lines: Lines,
-        expires_at: Option<i64>,
-    ) -> Result<(), DbError> {
-        self.rows.push(ReservationRow {
-            order_id: order.to_owned(),
-            status: to.as_str(),
-            lines: to_json(&lines)?,
-            correlation_id: item.envelope.cause.correlation_id.to_string(),
-            expires_at,
-        });
-        self.reservations.insert(order.to_owned(), (to, lines));
-        Ok(())
+        expires_at: Option<Timestamp>,
+    ) {
+        if let Some(new) = self.new.get_mut(&order) {
+            new.status = to;
+        } else if self.reservations.contains_key(&order) {
+            self.changed.insert(order, to);
+        } else {
+            let correlation_id = item.envelope.cause.correlation_id.to_string();
+            let row = ReservationRow {
+                order_id: order,
+                status: to,
+                lines: lines.clone(),
+                correlation_id,
+                expires_at,
+            };
+            self.new.insert(order, row);
+        }
+        self.reservations.insert(order, (to, lines));
     }
 
-    async fn save(&self, tx: &mut Tx) -> Result<(), DbError> {
-        store::save_shelf(tx, &self.before, &self.shelf).await?;
-        store::save_reservations(tx, &self.rows).await
+    async fn save(self, tx: &mut Tx) -> Result<(), DbError> {
+        store::insert_reservations(tx, &self.new.into_values().collect::<Vec<_>>()).await?;
+        store::update_reservations(tx, &self.changed.into_iter().collect::<Vec<_>>()).await?;
+        store::save_shelf(tx, &self.before, &self.shelf).await
     }
 }
 
 async fn created(Batch(orders): Batch<OrderCreated>, mut tx: Tx) -> Result<(), Failure> {
-    let ids: Vec<String> = orders.iter().map(|o| o.order_id.to_string()).collect();
+    let ids: Vec<Uuid> = orders.iter().map(|o| o.order_id).collect();
     let lines: Vec<Lines> = orders.iter().map(|o| Lines::of(&o.items)).collect();
     let mut ledger = Ledger::load(&mut tx, &ids, &lines).await?;
-    for ((order, id), lines) in orders.iter().zip(&ids).zip(lines) {
+    for (order, lines) in orders.iter().zip(lines) {
+        let id = order.order_id;
         let (current, _) = ledger.current(id);
         let cause = order.envelope.as_cause();
         let lane = order.envelope.lane;
         match domain::created(&mut ledger.shelf, current, &lines) {
             Outcome::Unchanged => {}
             Outcome::Now(to) => {
-                ledger.set(id, order, to, lines, Some(order.deadline.as_millis()))?;
+                ledger.set(id, order, to, lines, Some(order.deadline));
                 let event = StockReserved {
                     order_id: order.order_id,
                     amount: order.total,
                     currency: order.currency.clone(),
                     expires_at: order.deadline,
                 };
-                tx.emit(Emission::new(event, id, 1).lane(lane).caused_by(cause))
+                tx.emit(Emission::new(event, id.to_string(), 1).lane(lane).caused_by(cause))
                     .map_err(|e| Failure::from(e).of(&order.envelope))?;
             }
             Outcome::Short(shortages) => {
-                ledger.set(id, order, Reservation::Rejected, lines, None)?;
+                ledger.set(id, order, Reservation::Rejected, lines, None);
                 let event = StockRejected { order_id: order.order_id, shortages };
-                tx.emit(Emission::new(event, id, 1).lane(lane).caused_by(cause))
+                tx.emit(Emission::new(event, id.to_string(), 1).lane(lane).caused_by(cause))
                     .map_err(|e| Failure::from(e).of(&order.envelope))?;
             }
         }
@@ -99,9 +116,10 @@ async fn created(Batch(orders): Batch<OrderCreated>, mut tx: Tx) -> Result<(), F
 }
 
 async fn cancelled(Batch(orders): Batch<OrderCancelled>, mut tx: Tx) -> Result<(), Failure> {
-    let ids: Vec<String> = orders.iter().map(|o| o.order_id.to_string()).collect();
+    let ids: Vec<Uuid> = orders.iter().map(|o| o.order_id).collect();
     let mut ledger = Ledger::load(&mut tx, &ids, &[]).await?;
-    for (order, id) in orders.iter().zip(&ids) {
+    for order in &orders {
+        let id = order.order_id;
         let (current, lines) = ledger.current(id);
         let outcome = domain::cancelled(&mut ledger.shelf, current, &lines);
         settle(&mut ledger, order, id, lines, outcome)?;
@@ -110,9 +128,10 @@ async fn cancelled(Batch(orders): Batch<OrderCancelled>, mut tx: Tx) -> Result<(
 }
 
 async fn confirmed(Batch(orders): Batch<OrderConfirmed>, mut tx: Tx) -> Result<(), Failure> {
-    let ids: Vec<String> = orders.iter().map(|o| o.order_id.to_string()).collect();
+    let ids: Vec<Uuid> = orders.iter().map(|o| o.order_id).collect();
     let mut ledger = Ledger::load(&mut tx, &ids, &[]).await?;
-    for (order, id) in orders.iter().zip(&ids) {
+    for order in &orders {
+        let id = order.order_id;
         let (current, lines) = ledger.current(id);
         let outcome = domain::confirmed(&mut ledger.shelf, current, &lines);
         settle(&mut ledger, order, id, lines, outcome)?;
@@ -123,12 +142,15 @@ async fn confirmed(Batch(orders): Batch<OrderConfirmed>, mut tx: Tx) -> Result<(
 fn settle<E>(
     ledger: &mut Ledger,
     item: &Item<E>,
-    id: &str,
+    id: Uuid,
     lines: Lines,
     outcome: Result<Outcome, Misfit>,
 ) -> Result<(), Failure> {
     match outcome {
-        Ok(Outcome::Now(to)) => Ok(ledger.set(id, item, to, lines, None)?),
+        Ok(Outcome::Now(to)) => {
+            ledger.set(id, item, to, lines, None);
+            Ok(())
+        }
         Ok(Outcome::Unchanged | Outcome::Short(_)) => Ok(()),
         Err(e @ Misfit::NotReservedYet) => Err(Failure::retry(e).of(&item.envelope)),
         Err(e @ Misfit::Impossible { .. }) => Err(Failure::dead_letter(e).of(&item.envelope)),

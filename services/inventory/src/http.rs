@@ -93,7 +93,7 @@ async fn list(State(db): State<Db>, Params(p): Params<ListParams>) -> Result<Jso
     if !(1..=500).contains(&limit) {
         return Err(Problem::bad_request("limit: 1 to 500"));
     }
-    let mut found = store::list(db.readers(), p.cursor.as_deref().unwrap_or(""), limit + 1).await?;
+    let mut found = store::list(&db, p.cursor.as_deref().unwrap_or(""), limit + 1).await?;
     let more = found.len() > limit as usize;
     found.truncate(limit as usize);
     let next_cursor = found.last().filter(|_| more).map(|p| p.id.clone());
@@ -105,7 +105,7 @@ fn unknown(id: &str) -> Problem {
 }
 
 async fn show(State(db): State<Db>, Path(Id { id }): Path<Id>) -> Result<Json<Product>, Problem> {
-    let found = store::find(db.readers(), &id).await?;
+    let found = store::find(&db, &id).await?;
     found.map(|p| Json(p.into())).ok_or_else(|| unknown(&id))
 }
 

@@ -8,11 +8,11 @@ mod events;
 mod http;
 mod store;
 
-use std::path::Path;
 use std::sync::Arc;
 
 use consign::broker::{Broker, STREAM_AGE, StreamConfig};
 use consign::config::ServiceConfig;
+use consign::db::Storage;
 use consign::http::HttpConfig;
 use consign::{Clock, Db, DbError, Migration, Service};
 use contracts::streams;
@@ -21,8 +21,12 @@ use serde::{Deserialize, Serialize};
 /// The service's name, in configuration, logs, metrics and event sources.
 pub const NAME: &str = "inventory";
 
-const MIGRATIONS: &[Migration] =
-    &[Migration { version: 1, name: "products, reservations", sql: include_str!("../migrations/1.sql") }];
+const MIGRATIONS: &[Migration] = &[Migration {
+    version: 1,
+    name: "products, reservations",
+    sqlite: include_str!("../migrations/1.sqlite.sql"),
+    postgres: include_str!("../migrations/1.postgres.sql"),
+}];
 
 /// The section `[inventory]`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -44,8 +48,8 @@ impl Config {
 }
 
 /// Opens the service's database.
-pub async fn open(path: &Path, clock: Clock) -> Result<Db, DbError> {
-    Db::open(path, NAME, MIGRATIONS, clock).await
+pub async fn open(storage: impl Into<Storage>, clock: Clock) -> Result<Db, DbError> {
+    Db::open(storage, NAME, MIGRATIONS, clock).await
 }
 
 /// The whole service, ready to start.

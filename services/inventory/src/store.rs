@@ -2,9 +2,9 @@
 
 use std::collections::HashMap;
 
-use consign::{DbError, Timestamp, Tx, to_json};
-use sqlx::sqlite::SqliteRow;
-use sqlx::{Row, SqlitePool};
+use consign::db::{Json, Row};
+use consign::{Db, DbError, Timestamp, Tx};
+use uuid::Uuid;
 
 use crate::domain::{Lines, Reservation, Shelf, Stock};
 
@@ -20,97 +20,100 @@ pub struct Product {
     pub updated_at: Timestamp,
 }
 
-fn product(row: &SqliteRow) -> Result<Product, sqlx::Error> {
+fn stock(row: &Row) -> Result<Stock, DbError> {
+    Ok(Stock::stored(row.get("on_hand")?, row.get("reserved")?, row.get("sold")?))
+}
+
+fn product(row: &Row) -> Result<Product, DbError> {
     Ok(Product {
-        id: row.try_get("id")?,
-        name: row.try_get("name")?,
-        price: row.try_get("price")?,
-        currency: row.try_get("currency")?,
-        version: u64::try_from(row.try_get::<i64, _>("version")?).unwrap_or(0),
-        stock: Stock::stored(row.try_get("on_hand")?, row.try_get("reserved")?, row.try_get("sold")?),
-        updated_at: Timestamp::from_millis(row.try_get("updated_at")?),
+        id: row.get("id")?,
+        name: row.get("name")?,
+        price: row.get("price")?,
+        currency: row.get("currency")?,
+        version: row.get("version")?,
+        stock: stock(row)?,
+        updated_at: row.get("updated_at")?,
     })
 }
 
-pub async fn list(db: &SqlitePool, after: &str, limit: u32) -> Result<Vec<Product>, sqlx::Error> {
-    let rows = sqlx::query("SELECT * FROM products WHERE id > ? ORDER BY id LIMIT ?")
+pub async fn list(db: &Db, after: &str, limit: u32) -> Result<Vec<Product>, DbError> {
+    let rows = db
+        .query("SELECT * FROM products WHERE id > $1 ORDER BY id LIMIT $2")
         .bind(after)
         .bind(limit)
-        .fetch_all(db)
+        .fetch_all()
         .await?;
     rows.iter().map(product).collect()
 }
 
-pub async fn find(db: &SqlitePool, id: &str) -> Result<Option<Product>, sqlx::Error> {
-    let row = sqlx::query("SELECT * FROM products WHERE id = ?").bind(id).fetch_optional(db).await?;
+pub async fn find(db: &Db, id: &str) -> Result<Option<Product>, DbError> {
+    let row = db.query("SELECT * FROM products WHERE id = $1").bind(id).fetch_optional().await?;
     row.as_ref().map(product).transpose()
 }
 
+/// A product, which nobody else changes until the transaction ends.
 pub async fn find_in(tx: &mut Tx, id: &str) -> Result<Option<Product>, DbError> {
-    let row = sqlx::query("SELECT * FROM products WHERE id = ?").bind(id).fetch_optional(tx.sqlite()).await?;
-    Ok(row.as_ref().map(product).transpose()?)
+    let row = tx.query("SELECT * FROM products WHERE id = $1 {lock}").bind(id).fetch_optional().await?;
+    row.as_ref().map(product).transpose()
 }
 
 /// Makes or changes a product; its version rises.
 pub async fn put(tx: &mut Tx, id: &str, name: &str, price: i64, currency: &str) -> Result<Product, DbError> {
-    let now = tx.now().as_millis();
-    let row = sqlx::query(
-        "INSERT INTO products (id, name, price, currency, version, updated_at) VALUES (?,?,?,?,1,?)
-         ON CONFLICT (id) DO UPDATE SET name = excluded.name, price = excluded.price, currency = excluded.currency,
-             version = version + 1, updated_at = excluded.updated_at
-         RETURNING *",
-    )
-    .bind(id)
-    .bind(name)
-    .bind(price)
-    .bind(currency)
-    .bind(now)
-    .fetch_one(tx.sqlite())
-    .await?;
-    Ok(product(&row)?)
+    let now = tx.now();
+    let row = tx
+        .query(
+            "INSERT INTO products (id, name, price, currency, version, updated_at) VALUES ($1, $2, $3, $4, 1, $5)
+             ON CONFLICT (id) DO UPDATE SET name = excluded.name, price = excluded.price, currency = excluded.currency,
+                 version = products.version + 1, updated_at = excluded.updated_at
+             RETURNING *",
+        )
+        .bind(id)
+        .bind(name)
+        .bind(price)
+        .bind(currency)
+        .bind(now)
+        .fetch_one()
+        .await?;
+    product(&row)
 }
 
 /// Records a movement of stock that the domain has allowed.
 pub async fn move_stock(tx: &mut Tx, id: &str, delta: i64, reason: &str) -> Result<Product, DbError> {
-    let now = tx.now().as_millis();
+    let now = tx.now();
     let correlation_id = tx.cause().correlation_id.to_string();
-    sqlx::query(
-        "INSERT INTO stock_movements (product_id, delta, reason, correlation_id, at) VALUES (?,?,?,?,?)",
-    )
-    .bind(id)
-    .bind(delta)
-    .bind(reason)
-    .bind(correlation_id)
-    .bind(now)
-    .execute(tx.sqlite())
-    .await?;
-    let row = sqlx::query(
-        "UPDATE products SET on_hand = on_hand + ?1, received = received + ?1, updated_at = ?2 WHERE id = ?3 RETURNING *",
-    )
-    .bind(delta)
-    .bind(now)
-    .bind(id)
-    .fetch_one(tx.sqlite())
-    .await?;
-    Ok(product(&row)?)
+    tx.query("INSERT INTO stock_movements (product_id, delta, reason, correlation_id, at) VALUES ($1, $2, $3, $4, $5)")
+        .bind(id)
+        .bind(delta)
+        .bind(reason)
+        .bind(correlation_id)
+        .bind(now)
+        .execute()
+        .await?;
+    let row = tx
+        .query(
+            "UPDATE products SET on_hand = on_hand + $1, received = received + $1, updated_at = $2 WHERE id = $3 RETURNING *",
+        )
+        .bind(delta)
+        .bind(now)
+        .bind(id)
+        .fetch_one()
+        .await?;
+    product(&row)
 }
 
-/// The stock of these products.
+/// The stock of these products, which nobody else changes until the transaction ends.
 pub async fn shelf(tx: &mut Tx, products: &[&str]) -> Result<Shelf, DbError> {
-    let rows = sqlx::query(
-        "SELECT id, on_hand, reserved, sold FROM products WHERE id IN (SELECT value FROM json_each(?))",
-    )
-    .bind(to_json(&products)?)
-    .fetch_all(tx.sqlite())
-    .await?;
-    let stock = |r: &SqliteRow| {
-        let stock = Stock::stored(r.try_get("on_hand")?, r.try_get("reserved")?, r.try_get("sold")?);
-        Ok::<_, sqlx::Error>((r.try_get("id")?, stock))
-    };
-    Ok(rows.iter().map(stock).collect::<Result<_, _>>()?)
+    let rows = tx
+        .query(
+            "SELECT id, on_hand, reserved, sold FROM products WHERE id IN (SELECT i FROM {$1: i}) ORDER BY id {lock}",
+        )
+        .rows(products.iter().map(|id| (*id,)))
+        .fetch_all()
+        .await?;
+    rows.iter().map(|r| Ok((r.get("id")?, stock(r)?))).collect()
 }
 
-/// Writes the stock that differs from `before`, as differences: a concurrent change is added to, not overwritten.
+/// Writes the stock that differs from `before`, as differences.
 pub async fn save_shelf(tx: &mut Tx, before: &Shelf, after: &Shelf) -> Result<(), DbError> {
     let changes: Vec<(&str, i64, i64, i64)> = after
         .iter()
@@ -124,65 +127,86 @@ pub async fn save_shelf(tx: &mut Tx, before: &Shelf, after: &Shelf) -> Result<()
     if changes.is_empty() {
         return Ok(());
     }
-    let now = tx.now().as_millis();
-    sqlx::query(
-        "UPDATE products SET on_hand = on_hand + (e.value ->> 1), reserved = reserved + (e.value ->> 2),
-             sold = sold + (e.value ->> 3), updated_at = ?1
-         FROM json_each(?2) e WHERE products.id = e.value ->> 0",
+    let now = tx.now();
+    tx.query(
+        "UPDATE products SET on_hand = on_hand + r.more_on_hand, reserved = reserved + r.more_reserved,
+             sold = sold + r.more_sold, updated_at = $1
+         FROM {$2: product_id, more_on_hand, more_reserved, more_sold} WHERE products.id = r.product_id",
     )
     .bind(now)
-    .bind(to_json(&changes)?)
-    .execute(tx.sqlite())
+    .rows(changes)
+    .execute()
     .await?;
     Ok(())
 }
 
-/// The reservations of these orders, with their lines.
+/// The reservations of these orders, with their lines. Until the transaction ends nobody else changes them.
 pub async fn reservations(
     tx: &mut Tx,
-    orders: &[String],
-) -> Result<HashMap<String, (Reservation, Lines)>, DbError> {
-    let rows = sqlx::query(
-        "SELECT order_id, status, lines FROM reservations WHERE order_id IN (SELECT value FROM json_each(?))",
-    )
-    .bind(to_json(&orders)?)
-    .fetch_all(tx.sqlite())
-    .await?;
-    let read = |r: &SqliteRow| {
-        let status = Reservation::parse(r.try_get("status")?)
-            .ok_or_else(|| sqlx::Error::Decode("an unknown status of a reservation".into()))?;
-        let lines =
-            serde_json::from_str(r.try_get("lines")?).map_err(|e| sqlx::Error::Decode(Box::new(e)))?;
-        Ok::<_, sqlx::Error>((r.try_get("order_id")?, (status, lines)))
-    };
-    Ok(rows.iter().map(read).collect::<Result<_, _>>()?)
+    orders: &[Uuid],
+) -> Result<HashMap<Uuid, (Reservation, Lines)>, DbError> {
+    let rows = tx
+        .query(
+            "SELECT order_id, status, lines FROM reservations WHERE order_id IN (SELECT i FROM {$1: i}) ORDER BY order_id {lock}",
+        )
+        .rows(orders.iter().map(|id| (*id,)))
+        .fetch_all()
+        .await?;
+    rows.iter()
+        .map(|r| {
+            let status = Reservation::parse(&r.get::<String>("status")?)
+                .ok_or_else(|| sqlx::Error::Decode("an unknown status of a reservation".into()))?;
+            Ok((r.get("order_id")?, (status, r.get::<Json<Lines>>("lines")?.0)))
+        })
+        .collect()
 }
 
 /// A reservation to be written.
-#[derive(Debug, serde::Serialize)]
+#[derive(Debug)]
 pub struct ReservationRow {
-    pub order_id: String,
-    pub status: &'static str,
-    pub lines: String,
+    pub order_id: Uuid,
+    pub status: Reservation,
+    pub lines: Lines,
     pub correlation_id: String,
-    pub expires_at: Option<i64>,
+    pub expires_at: Option<Timestamp>,
 }
 
-pub async fn save_reservations(tx: &mut Tx, rows: &[ReservationRow]) -> Result<(), DbError> {
+/// Reservations that were not there yet.
+///
+/// # Errors
+/// [`DbError::Conflict`] if another replica has made one of them meanwhile.
+pub async fn insert_reservations(tx: &mut Tx, rows: &[ReservationRow]) -> Result<(), DbError> {
     if rows.is_empty() {
         return Ok(());
     }
-    let now = tx.now().as_millis();
-    sqlx::query(
-        "INSERT INTO reservations (order_id, status, lines, correlation_id, expires_at, created_at, updated_at)
-         SELECT value ->> 'order_id', value ->> 'status', value ->> 'lines', value ->> 'correlation_id',
-             value ->> 'expires_at', ?1, ?1
-         FROM json_each(?2) WHERE true
-         ON CONFLICT (order_id) DO UPDATE SET status = excluded.status, updated_at = excluded.updated_at",
+    let now = tx.now();
+    let inserted = tx
+        .query(
+            "INSERT INTO reservations (order_id, status, lines, correlation_id, expires_at, created_at, updated_at)
+             SELECT order_id, status, lines, correlation_id, expires_at, $1, $1
+             FROM {$2: order_id, status, lines, correlation_id, expires_at} WHERE true ON CONFLICT DO NOTHING",
+        )
+        .bind(now)
+        .rows(rows.iter().map(|r| {
+            (r.order_id, r.status.as_str(), Json(r.lines.clone()), r.correlation_id.as_str(), r.expires_at)
+        }))
+        .execute()
+        .await?;
+    if inserted < rows.len() as u64 { Err(DbError::Conflict("a reservation")) } else { Ok(()) }
+}
+
+/// Reservations that were loaded, and changed.
+pub async fn update_reservations(tx: &mut Tx, changed: &[(Uuid, Reservation)]) -> Result<(), DbError> {
+    if changed.is_empty() {
+        return Ok(());
+    }
+    let now = tx.now();
+    tx.query(
+        "UPDATE reservations SET status = r.new_status, updated_at = $1 FROM {$2: id, new_status} WHERE order_id = r.id",
     )
     .bind(now)
-    .bind(to_json(&rows)?)
-    .execute(tx.sqlite())
+    .rows(changed.iter().map(|(id, status)| (*id, status.as_str())))
+    .execute()
     .await?;
     Ok(())
 }

@@ -140,7 +140,8 @@ async fn accept(tx: &mut Tx, group: &[Request], deadline: Duration) -> Result<Ve
             detail: None,
             event_id: Some(event_id),
         });
-        let body = consign::to_json(&OrderView::from(order.clone()))?;
+        let body = serde_json::to_string(&OrderView::from(order.clone()))
+            .map_err(|e| DbError::Sql(sqlx::Error::Encode(Box::new(e))))?;
         let answer = Answer::Accepted { id: order.id.to_string(), body: body.clone() };
         if let Some((key, fingerprint)) = &r.key {
             recorded.push((key.as_str(), *fingerprint, body));

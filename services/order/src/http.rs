@@ -222,7 +222,7 @@ async fn show(
     let id = order_id(&id)?;
     let until = wait_until(p.wait)?;
     loop {
-        let Some(order) = store::find(db.readers(), id).await? else { return Err(unknown(id)) };
+        let Some(order) = store::find(&db, id).await? else { return Err(unknown(id)) };
         if order.status.is_final() || Instant::now() >= until {
             return Ok(Json(order.into()));
         }
@@ -272,7 +272,7 @@ async fn list(State(db): State<Db>, Params(p): Params<ListParams>) -> Result<Jso
     });
     let until = wait_until(p.wait)?;
     let mut found = loop {
-        let found = store::list(db.readers(), p.customer_id.as_deref(), status, p.cursor, limit + 1).await?;
+        let found = store::list(&db, p.customer_id.as_deref(), status, p.cursor, limit + 1).await?;
         if found.iter().all(|o| o.status.is_final()) || Instant::now() >= until {
             break found;
         }
@@ -304,13 +304,13 @@ struct Timeline {
 
 async fn events(State(db): State<Db>, Path(Id { id }): Path<Id>) -> Result<Json<Timeline>, Problem> {
     let id = order_id(&id)?;
-    let Some(order) = store::find(db.readers(), id).await? else { return Err(unknown(id)) };
-    let events = store::timeline(db.readers(), id).await?;
+    let Some(order) = store::find(&db, id).await? else { return Err(unknown(id)) };
+    let events = store::timeline(&db, id).await?;
     let events = events.into_iter().map(|e| TimelineEntry {
         version: e.version,
         event: e.event,
         detail: e.detail,
-        event_id: e.event_id.and_then(|id| id.parse().ok()),
+        event_id: e.event_id,
         at: e.at,
     });
     Ok(Json(Timeline { order_id: id, correlation_id: order.correlation_id, events: events.collect() }))

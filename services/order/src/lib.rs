@@ -10,12 +10,12 @@ mod http;
 mod saga;
 mod store;
 
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use consign::broker::{Broker, STREAM_AGE, StreamConfig};
 use consign::config::{OutboxConfig, ServiceConfig};
+use consign::db::Storage;
 use consign::http::HttpConfig;
 use consign::tasks::TaskOptions;
 use consign::{Clock, ConsumerOptions, Db, DbError, Migration, Service};
@@ -25,8 +25,12 @@ use serde::{Deserialize, Serialize};
 /// The service's name, in configuration, logs, metrics and event sources.
 pub const NAME: &str = "order";
 
-const MIGRATIONS: &[Migration] =
-    &[Migration { version: 1, name: "orders, timeline, products", sql: include_str!("../migrations/1.sql") }];
+const MIGRATIONS: &[Migration] = &[Migration {
+    version: 1,
+    name: "orders, timeline, products",
+    sqlite: include_str!("../migrations/1.sqlite.sql"),
+    postgres: include_str!("../migrations/1.postgres.sql"),
+}];
 
 /// The section `[order]`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -79,8 +83,8 @@ impl Config {
 }
 
 /// Opens the service's database.
-pub async fn open(path: &Path, clock: Clock) -> Result<Db, DbError> {
-    Db::open(path, NAME, MIGRATIONS, clock).await
+pub async fn open(storage: impl Into<Storage>, clock: Clock) -> Result<Db, DbError> {
+    Db::open(storage, NAME, MIGRATIONS, clock).await
 }
 
 /// The whole service, ready to start.

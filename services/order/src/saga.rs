@@ -1,9 +1,9 @@
 //! The saga's steps: events, cancellations and deadlines all go through [`advance`], which decides, writes and announces for a whole batch.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use consign::event::{Cause, Envelope};
-use consign::{Batch, Consumer, ConsumerOptions, Emission, EventId, Failure, Tx};
+use consign::{Batch, Consumer, ConsumerOptions, DbError, Emission, EventId, Failure, Tx};
 use contracts::{
     OrderCancelled, OrderConfirmed, PaymentFailed, PaymentRefunded, PaymentSucceeded, ProductChanged,
     StockRejected, StockReserved, streams,
@@ -105,7 +105,7 @@ pub async fn advance(tx: &mut Tx, steps: &[Step]) -> Result<(Vec<Advanced>, Hash
         .collect();
     let expected = changed.len() as u64;
     if store::update(tx, &changed).await? != expected {
-        return Err(Failure::pause("an order was changed by somebody else meanwhile"));
+        return Err(DbError::Conflict("an order").into());
     }
     store::append(tx, &entries).await?;
     Ok((results, orders))
@@ -199,8 +199,12 @@ async fn refunded(Batch(events): Batch<PaymentRefunded>, mut tx: Tx) -> Result<(
 }
 
 async fn product_changed(Batch(events): Batch<ProductChanged>, mut tx: Tx) -> Result<(), Failure> {
-    // In order of version, so that the last write of a product in one statement is its newest.
-    let mut products: Vec<&ProductChanged> = events.iter().map(|e| &e.event).collect();
-    products.sort_by_key(|p| p.version);
-    Ok(store::save_products(&mut tx, &products).await?)
+    let mut newest: BTreeMap<&str, &ProductChanged> = BTreeMap::new();
+    for event in &events {
+        let known = newest.entry(&event.product_id).or_insert(&event.event);
+        if known.version < event.version {
+            *known = &event.event;
+        }
+    }
+    Ok(store::save_products(&mut tx, &newest.into_values().collect::<Vec<_>>()).await?)
 }

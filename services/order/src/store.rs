@@ -2,107 +2,94 @@
 
 use std::collections::HashMap;
 
-use consign::{DbError, EventId, Lane, Timestamp, Tx, to_json};
-use sqlx::sqlite::SqliteRow;
-use sqlx::{Row, SqlitePool};
+use consign::db::{Json, Row};
+use consign::{Db, DbError, EventId, Timestamp, Tx};
 use uuid::Uuid;
 
 use crate::domain::{Order, Price, Status};
 
-fn decode(e: impl std::error::Error + Send + Sync + 'static) -> sqlx::Error {
-    sqlx::Error::Decode(Box::new(e))
-}
-
-fn order(row: &SqliteRow) -> Result<Order, sqlx::Error> {
-    let payment_id: Option<&str> = row.try_get("payment_id")?;
+fn order(row: &Row) -> Result<Order, DbError> {
     Ok(Order {
-        id: row.try_get::<&str, _>("id")?.parse().map_err(decode)?,
-        customer_id: row.try_get("customer_id")?,
-        status: Status::parse(row.try_get("status")?)
+        id: row.get("id")?,
+        customer_id: row.get("customer_id")?,
+        status: Status::parse(&row.get::<String>("status")?)
             .ok_or_else(|| sqlx::Error::Decode("an unknown status of an order".into()))?,
-        reason: row.try_get("reason")?,
-        lane: row.try_get::<&str, _>("lane")?.parse::<Lane>().map_err(decode)?,
-        currency: row.try_get("currency")?,
-        total: row.try_get("total")?,
-        items: serde_json::from_str(row.try_get("items")?).map_err(decode)?,
-        payment_id: payment_id.map(str::parse).transpose().map_err(decode)?,
-        correlation_id: row.try_get("correlation_id")?,
-        version: u64::try_from(row.try_get::<i64, _>("version")?).unwrap_or(0),
-        created_at: Timestamp::from_millis(row.try_get("created_at")?),
-        updated_at: Timestamp::from_millis(row.try_get("updated_at")?),
-        deadline: Timestamp::from_millis(row.try_get("deadline")?),
+        reason: row.get("reason")?,
+        lane: row.parse("lane")?,
+        currency: row.get("currency")?,
+        total: row.get("total")?,
+        items: row.get::<Json<_>>("items")?.0,
+        payment_id: row.get("payment_id")?,
+        correlation_id: row.get("correlation_id")?,
+        version: row.get("version")?,
+        created_at: row.get("created_at")?,
+        updated_at: row.get("updated_at")?,
+        deadline: row.get("deadline")?,
     })
 }
 
 pub async fn insert(tx: &mut Tx, orders: &[Order]) -> Result<(), DbError> {
-    type Row<'a> = (Uuid, &'a str, &'a str, &'a str, i64, String, &'a str, i64, i64);
     if orders.is_empty() {
         return Ok(());
     }
-    let rows: Vec<Row<'_>> = orders
-        .iter()
-        .map(|o| {
-            let items = to_json(&o.items)?;
-            let (created, deadline) = (o.created_at.as_millis(), o.deadline.as_millis());
-            Ok((
-                o.id,
-                &*o.customer_id,
-                o.lane.as_str(),
-                &*o.currency,
-                o.total,
-                items,
-                &*o.correlation_id,
-                created,
-                deadline,
-            ))
-        })
-        .collect::<Result<_, sqlx::Error>>()?;
-    sqlx::query(
+    let rows = orders.iter().map(|o| {
+        (
+            o.id,
+            &*o.customer_id,
+            o.lane.as_str(),
+            &*o.currency,
+            o.total,
+            Json(o.items.clone()),
+            &*o.correlation_id,
+            o.created_at,
+            o.deadline,
+        )
+    });
+    tx.query(
         "INSERT INTO orders (id, customer_id, status, lane, currency, total, items, correlation_id, version, created_at,
              updated_at, deadline)
-         SELECT value ->> 0, value ->> 1, 'pending', value ->> 2, value ->> 3, value ->> 4, value ->> 5, value ->> 6, 1,
-             value ->> 7, value ->> 7, value ->> 8
-         FROM json_each(?)",
+         SELECT id, customer_id, 'pending', lane, currency, total, items, correlation_id, 1, created_at, created_at, deadline
+         FROM {$1: id, customer_id, lane, currency, total, items, correlation_id, created_at, deadline}",
     )
-    .bind(to_json(&rows)?)
-    .execute(tx.sqlite())
+    .rows(rows)
+    .execute()
     .await?;
     Ok(())
 }
 
+/// Orders by id. Until the transaction ends nobody else changes them.
 pub async fn load(tx: &mut Tx, ids: &[Uuid]) -> Result<HashMap<Uuid, Order>, DbError> {
-    let rows = sqlx::query("SELECT * FROM orders WHERE id IN (SELECT value FROM json_each(?))")
-        .bind(to_json(&ids)?)
-        .fetch_all(tx.sqlite())
+    let rows = tx
+        .query("SELECT * FROM orders WHERE id IN (SELECT i FROM {$1: i}) ORDER BY id {lock}")
+        .rows(ids.iter().map(|id| (*id,)))
+        .fetch_all()
         .await?;
-    rows.iter().map(|r| order(r).map(|o| (o.id, o))).collect::<Result<_, _>>().map_err(DbError::from)
+    rows.iter().map(|r| order(r).map(|o| (o.id, o))).collect()
 }
 
 /// Writes orders that moved on, guarded by the version they had: the count of rows that were still as they were.
 pub async fn update(tx: &mut Tx, changed: &[(u64, &Order)]) -> Result<u64, DbError> {
-    type Row<'a> = (Uuid, u64, u64, &'a str, Option<&'a str>, Option<Uuid>);
     if changed.is_empty() {
         return Ok(0);
     }
-    let rows: Vec<Row<'_>> = changed
+    let rows = changed
         .iter()
-        .map(|(was, o)| (o.id, *was, o.version, o.status.as_str(), o.reason.as_deref(), o.payment_id))
-        .collect();
-    let now = tx.now().as_millis();
-    let done = sqlx::query(
-        "UPDATE orders SET version = e.value ->> 2, status = e.value ->> 3, reason = e.value ->> 4,
-             payment_id = e.value ->> 5, updated_at = ?1
-         FROM json_each(?2) e WHERE orders.id = e.value ->> 0 AND version = e.value ->> 1",
+        .map(|(was, o)| (o.id, *was, o.version, o.status.as_str(), o.reason.as_deref(), o.payment_id));
+    let now = tx.now();
+    tx.query(
+        "UPDATE orders SET version = r.new_version, status = r.new_status, reason = r.new_reason, payment_id = r.new_payment,
+             updated_at = $1
+         FROM {$2: order_id, was, new_version, new_status, new_reason, new_payment}
+         WHERE orders.id = r.order_id AND version = r.was",
     )
     .bind(now)
-    .bind(to_json(&rows)?)
-    .execute(tx.sqlite())
-    .await?;
-    Ok(done.rows_affected())
+    .rows(rows)
+    .execute()
+    .await
 }
 
 /// An entry of an order's timeline to be.
-#[derive(Debug, serde::Serialize)]
+#[derive(Debug)]
 pub struct Entry {
     pub order_id: Uuid,
     pub version: u64,
@@ -115,77 +102,78 @@ pub async fn append(tx: &mut Tx, entries: &[Entry]) -> Result<(), DbError> {
     if entries.is_empty() {
         return Ok(());
     }
-    let now = tx.now().as_millis();
-    sqlx::query(
+    let rows =
+        entries.iter().map(|e| (e.order_id, e.version, e.event.as_str(), e.detail.as_deref(), e.event_id));
+    let now = tx.now();
+    tx.query(
         "INSERT INTO timeline (order_id, version, event, detail, event_id, at)
-         SELECT value ->> 'order_id', value ->> 'version', value ->> 'event', value ->> 'detail', value ->> 'event_id', ?
-         FROM json_each(?)",
+         SELECT order_id, version, event, detail, event_id, $1 FROM {$2: order_id, version, event, detail, event_id}",
     )
     .bind(now)
-    .bind(to_json(&entries)?)
-    .execute(tx.sqlite())
+    .rows(rows)
+    .execute()
     .await?;
     Ok(())
 }
 
 pub async fn prices(tx: &mut Tx, products: &[&str]) -> Result<HashMap<String, Price>, DbError> {
-    let rows =
-        sqlx::query("SELECT id, price, currency FROM products WHERE id IN (SELECT value FROM json_each(?))")
-            .bind(to_json(&products)?)
-            .fetch_all(tx.sqlite())
-            .await?;
-    let read = |r: &SqliteRow| {
-        let price = Price { amount: r.try_get("price")?, currency: r.try_get("currency")? };
-        Ok::<_, sqlx::Error>((r.try_get("id")?, price))
-    };
-    Ok(rows.iter().map(read).collect::<Result<_, _>>()?)
+    let rows = tx
+        .query("SELECT id, price, currency FROM products WHERE id IN (SELECT i FROM {$1: i})")
+        .rows(products.iter().map(|id| (*id,)))
+        .fetch_all()
+        .await?;
+    rows.iter()
+        .map(|r| Ok((r.get("id")?, Price { amount: r.get("price")?, currency: r.get("currency")? })))
+        .collect()
 }
 
-/// Takes over products that are newer than our copy.
+/// Takes over products that are newer than our copy; each at most once, for a statement can change a row only once.
 pub async fn save_products(tx: &mut Tx, products: &[&contracts::ProductChanged]) -> Result<(), DbError> {
-    sqlx::query(
+    let rows = products
+        .iter()
+        .map(|p| (p.product_id.as_str(), p.name.as_str(), p.price, p.currency.as_str(), p.version));
+    tx.query(
         "INSERT INTO products (id, name, price, currency, version)
-         SELECT value ->> 'product_id', value ->> 'name', value ->> 'price', value ->> 'currency', value ->> 'version'
-         FROM json_each(?) WHERE true
+         SELECT id, name, price, currency, version FROM {$1: id, name, price, currency, version} WHERE true
          ON CONFLICT (id) DO UPDATE SET name = excluded.name, price = excluded.price, currency = excluded.currency,
              version = excluded.version WHERE excluded.version > products.version",
     )
-    .bind(to_json(&products)?)
-    .execute(tx.sqlite())
+    .rows(rows)
+    .execute()
     .await?;
     Ok(())
 }
 
-pub async fn find(db: &SqlitePool, id: Uuid) -> Result<Option<Order>, sqlx::Error> {
-    let row =
-        sqlx::query("SELECT * FROM orders WHERE id = ?").bind(id.to_string()).fetch_optional(db).await?;
+pub async fn find(db: &Db, id: Uuid) -> Result<Option<Order>, DbError> {
+    let row = db.query("SELECT * FROM orders WHERE id = $1").bind(id).fetch_optional().await?;
     row.as_ref().map(order).transpose()
 }
 
 /// Orders below `before`, the newest first.
 pub async fn list(
-    db: &SqlitePool,
+    db: &Db,
     customer: Option<&str>,
     status: Option<Status>,
     before: Option<Uuid>,
     limit: u32,
-) -> Result<Vec<Order>, sqlx::Error> {
+) -> Result<Vec<Order>, DbError> {
+    let before = before.unwrap_or(Uuid::max());
+    let status = status.map(Status::as_str);
     // One statement per shape, so that each uses its index.
-    let sql = match (customer.is_some(), status.is_some()) {
-        (false, false) => "SELECT * FROM orders WHERE id < ?3 ORDER BY id DESC LIMIT ?4",
-        (true, false) => "SELECT * FROM orders WHERE customer_id = ?1 AND id < ?3 ORDER BY id DESC LIMIT ?4",
-        (false, true) => "SELECT * FROM orders WHERE status = ?2 AND id < ?3 ORDER BY id DESC LIMIT ?4",
-        (true, true) => {
-            "SELECT * FROM orders WHERE customer_id = ?1 AND status = ?2 AND id < ?3 ORDER BY id DESC LIMIT ?4"
+    let query = match (customer, status) {
+        (None, None) => db.query("SELECT * FROM orders WHERE id < $1 ORDER BY id DESC LIMIT $2"),
+        (Some(customer), None) => db
+            .query("SELECT * FROM orders WHERE customer_id = $1 AND id < $2 ORDER BY id DESC LIMIT $3")
+            .bind(customer),
+        (None, Some(status)) => {
+            db.query("SELECT * FROM orders WHERE status = $1 AND id < $2 ORDER BY id DESC LIMIT $3").bind(status)
         }
+        (Some(customer), Some(status)) => db
+            .query("SELECT * FROM orders WHERE customer_id = $1 AND status = $2 AND id < $3 ORDER BY id DESC LIMIT $4")
+            .bind(customer)
+            .bind(status),
     };
-    let rows = sqlx::query(sql)
-        .bind(customer)
-        .bind(status.map(Status::as_str))
-        .bind(before.unwrap_or(Uuid::max()).to_string())
-        .bind(limit)
-        .fetch_all(db)
-        .await?;
+    let rows = query.bind(before).bind(limit).fetch_all().await?;
     rows.iter().map(order).collect()
 }
 
@@ -195,23 +183,21 @@ pub struct StoredEntry {
     pub version: u64,
     pub event: String,
     pub detail: Option<String>,
-    pub event_id: Option<String>,
+    pub event_id: Option<EventId>,
     pub at: Timestamp,
 }
 
-pub async fn timeline(db: &SqlitePool, id: Uuid) -> Result<Vec<StoredEntry>, sqlx::Error> {
-    let rows = sqlx::query("SELECT * FROM timeline WHERE order_id = ? ORDER BY version")
-        .bind(id.to_string())
-        .fetch_all(db)
-        .await?;
+pub async fn timeline(db: &Db, id: Uuid) -> Result<Vec<StoredEntry>, DbError> {
+    let rows =
+        db.query("SELECT * FROM timeline WHERE order_id = $1 ORDER BY version").bind(id).fetch_all().await?;
     rows.iter()
         .map(|r| {
             Ok(StoredEntry {
-                version: u64::try_from(r.try_get::<i64, _>("version")?).unwrap_or(0),
-                event: r.try_get("event")?,
-                detail: r.try_get("detail")?,
-                event_id: r.try_get("event_id")?,
-                at: Timestamp::from_millis(r.try_get("at")?),
+                version: r.get("version")?,
+                event: r.get("event")?,
+                detail: r.get("detail")?,
+                event_id: r.get("event_id")?,
+                at: r.get("at")?,
             })
         })
         .collect()

@@ -1,18 +1,17 @@
 //! What a payment gateway must do, and a simulated one with a ledger.
 
+use std::collections::HashMap;
 use std::future::Future;
-use std::path::Path;
 use std::pin::Pin;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use consign::db::{GroupCommit, Work};
-use consign::{Clock, Db, DbError, Migration, Tx, to_json};
+use consign::db::{GroupCommit, Storage, Work};
+use consign::{Clock, Db, DbError, Migration, Tx};
 use rand::RngExt;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use sqlx::Row;
 use thiserror::Error;
 
 /// The gateway's answer to a charge.
@@ -85,7 +84,12 @@ impl Knobs {
     }
 }
 
-const LEDGER: &[Migration] = &[Migration { version: 1, name: "ledger", sql: include_str!("gateway.sql") }];
+const LEDGER: &[Migration] = &[Migration {
+    version: 1,
+    name: "ledger",
+    sqlite: include_str!("gateway.sqlite.sql"),
+    postgres: include_str!("gateway.postgres.sql"),
+}];
 
 /// A gateway for development and tests.
 #[derive(Clone, Debug)]
@@ -102,9 +106,9 @@ enum Entry {
 }
 
 impl SimulatedGateway {
-    /// With its ledger in a file of its own: it is the outside world.
-    pub async fn open(path: &Path, knobs: Knobs, clock: Clock) -> Result<Self, DbError> {
-        let ledger = Db::open(path, "gateway", LEDGER, clock).await?;
+    /// With its ledger in a file or a schema of its own: it is the outside world.
+    pub async fn open(storage: impl Into<Storage>, knobs: Knobs, clock: Clock) -> Result<Self, DbError> {
+        let ledger = Db::open(storage, "gateway", LEDGER, clock).await?;
         let writes = GroupCommit::start(ledger.clone(), 512, Ledger);
         Ok(Self { knobs: Arc::new(RwLock::new(knobs)), ledger, writes })
     }
@@ -166,14 +170,10 @@ impl PaymentGateway for SimulatedGateway {
         if let Some(lost) = self.travel().await? {
             return Err(lost);
         }
-        let row = sqlx::query("SELECT declined FROM charges WHERE key = ?")
-            .bind(key)
-            .fetch_optional(self.ledger.readers())
-            .await
-            .map_err(|e| GatewayError::Ledger(Box::new(e)))?;
-        let Some(row) = row else { return Ok(None) };
-        let declined: Option<String> =
-            row.try_get("declined").map_err(|e| GatewayError::Ledger(Box::new(e)))?;
+        let ledger = |e: DbError| GatewayError::Ledger(Box::new(e));
+        let query = self.ledger.query("SELECT declined FROM charges WHERE key = $1").bind(key);
+        let Some(row) = query.fetch_optional().await.map_err(ledger)? else { return Ok(None) };
+        let declined: Option<String> = row.get("declined").map_err(ledger)?;
         Ok(Some(declined.map_or(Charge::Charged, Charge::Declined)))
     }
 
@@ -196,45 +196,47 @@ impl<'a> Work<'a, Entry, Option<String>> for Ledger {
 
 /// The stored answer of each charge; none for those charged, and for refunds.
 async fn write(tx: &mut Tx, group: &[Entry]) -> Result<Vec<Option<String>>, DbError> {
-    let now = tx.now().as_millis();
+    let now = tx.now();
     let (mut charges, mut refunds) = (Vec::new(), Vec::new());
     for entry in group {
         match entry {
             Entry::Charge { key, declined, amount, currency } => {
-                charges.push((key, declined, amount, currency));
+                charges.push((key.as_str(), declined.as_deref(), *amount, currency.as_str()));
             }
-            Entry::Refund { key, charge_key, amount } => refunds.push((key, charge_key, amount)),
+            Entry::Refund { key, charge_key, amount } => {
+                refunds.push((key.as_str(), charge_key.as_str(), *amount));
+            }
         }
     }
-    sqlx::query(
-        "INSERT INTO charges SELECT value ->> 0, value ->> 1, value ->> 2, value ->> 3, ? FROM json_each(?)
-         WHERE true ON CONFLICT DO NOTHING",
+    charges.sort_unstable();
+    refunds.sort_unstable();
+    tx.query(
+        "INSERT INTO charges (key, declined, amount, currency, at) SELECT key, declined, amount, currency, $1
+         FROM {$2: key, declined, amount, currency} WHERE true ON CONFLICT DO NOTHING",
     )
     .bind(now)
-    .bind(to_json(&charges)?)
-    .execute(tx.sqlite())
+    .rows(charges.iter().copied())
+    .execute()
     .await?;
     if !refunds.is_empty() {
-        sqlx::query(
-            "INSERT INTO refunds SELECT value ->> 0, value ->> 1, value ->> 2, ? FROM json_each(?)
-             WHERE true ON CONFLICT DO NOTHING",
+        tx.query(
+            "INSERT INTO refunds (key, charge_key, amount, at) SELECT key, charge_key, amount, $1
+             FROM {$2: key, charge_key, amount} WHERE true ON CONFLICT DO NOTHING",
         )
         .bind(now)
-        .bind(to_json(&refunds)?)
-        .execute(tx.sqlite())
+        .rows(refunds)
+        .execute()
         .await?;
     }
-    let keys: Vec<&String> = charges.iter().map(|c| c.0).collect();
-    let rows = sqlx::query(
-        "SELECT key, declined FROM charges WHERE declined IS NOT NULL AND key IN (SELECT value FROM json_each(?))",
-    )
-    .bind(to_json(&keys)?)
-    .fetch_all(tx.sqlite())
-    .await?;
-    let declined: std::collections::HashMap<String, String> = rows
-        .iter()
-        .map(|r| Ok((r.try_get("key")?, r.try_get("declined")?)))
-        .collect::<Result<_, sqlx::Error>>()?;
+    let rows = tx
+        .query(
+            "SELECT key, declined FROM charges WHERE declined IS NOT NULL AND key IN (SELECT k FROM {$1: k})",
+        )
+        .rows(charges.iter().map(|c| (c.0,)))
+        .fetch_all()
+        .await?;
+    let declined: HashMap<String, String> =
+        rows.iter().map(|r| Ok((r.get("key")?, r.get("declined")?))).collect::<Result<_, DbError>>()?;
     Ok(group
         .iter()
         .map(|entry| match entry {

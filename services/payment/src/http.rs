@@ -87,14 +87,14 @@ struct Payments {
 
 async fn list(State(db): State<Db>, Params(p): Params<ListParams>) -> Result<Json<Payments>, Problem> {
     if let Some(order) = p.order_id {
-        let payments = store::find(db.readers(), order).await?.into_iter().map(Payment::from).collect();
+        let payments = store::find(&db, order).await?.into_iter().map(Payment::from).collect();
         return Ok(Json(Payments { payments, next_cursor: None }));
     }
     let limit = p.limit.unwrap_or(50);
     if !(1..=500).contains(&limit) {
         return Err(Problem::bad_request("limit: 1 to 500"));
     }
-    let mut found = store::list(db.readers(), p.cursor, limit + 1).await?;
+    let mut found = store::list(&db, p.cursor, limit + 1).await?;
     let more = found.len() > limit as usize;
     found.truncate(limit as usize);
     let next_cursor = found.last().filter(|_| more).map(|p| p.order_id);

@@ -9,11 +9,11 @@ mod http;
 mod steps;
 mod store;
 
-use std::path::Path;
 use std::sync::Arc;
 
 use consign::broker::{Broker, STREAM_AGE, StreamConfig};
 use consign::config::{OutboxConfig, ServiceConfig};
+use consign::db::Storage;
 use consign::http::HttpConfig;
 use consign::tasks::TaskOptions;
 use consign::{Clock, ConsumerOptions, Db, DbError, Migration, Service};
@@ -26,8 +26,12 @@ use gateway::{Knobs, SimulatedGateway};
 /// The service's name, in configuration, logs, metrics and event sources.
 pub const NAME: &str = "payment";
 
-const MIGRATIONS: &[Migration] =
-    &[Migration { version: 1, name: "payments", sql: include_str!("../migrations/1.sql") }];
+const MIGRATIONS: &[Migration] = &[Migration {
+    version: 1,
+    name: "payments",
+    sqlite: include_str!("../migrations/1.sqlite.sql"),
+    postgres: include_str!("../migrations/1.postgres.sql"),
+}];
 
 /// The section `[payment]`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -77,8 +81,8 @@ impl Config {
 }
 
 /// Opens the service's database.
-pub async fn open(path: &Path, clock: Clock) -> Result<Db, DbError> {
-    Db::open(path, NAME, MIGRATIONS, clock).await
+pub async fn open(storage: impl Into<Storage>, clock: Clock) -> Result<Db, DbError> {
+    Db::open(storage, NAME, MIGRATIONS, clock).await
 }
 
 /// The whole service, ready to start.

@@ -11,6 +11,9 @@ use super::{Db, DbError, Tx};
 /// Requests waiting for their turn; beyond it callers wait.
 const QUEUE: usize = 4096;
 
+/// A group that meets another replica's changes so often in a row is given up.
+const CONFLICTS: u32 = 3;
+
 type Item<I, O> = (I, oneshot::Sender<Result<O, GroupError>>);
 
 /// The whole group failed; nothing of it took effect.
@@ -83,10 +86,25 @@ async fn commit<I, O, W>(db: &Db, work: &W, inputs: &[I]) -> Result<Vec<O>, DbEr
 where
     W: for<'a> Work<'a, I, O>,
 {
-    let mut tx = db.begin().await?;
-    let outputs = work.call(&mut tx, inputs).await?;
-    tx.commit().await?;
-    Ok(outputs)
+    let mut conflicts = 0;
+    loop {
+        let mut tx = db.begin().await?;
+        match work.call(&mut tx, inputs).await {
+            Ok(outputs) => {
+                tx.commit().await?;
+                return Ok(outputs);
+            }
+            // Run again, it sees what the other replica has done.
+            Err(DbError::Conflict(_)) if conflicts < CONFLICTS => {
+                conflicts += 1;
+                tx.rollback().await;
+            }
+            Err(e) => {
+                tx.rollback().await;
+                return Err(e);
+            }
+        }
+    }
 }
 
 /// What [`GroupCommit`] runs; implemented by every suitable closure.

@@ -11,12 +11,10 @@ use aide::operation::add_parameters;
 use axum::extract::FromRequestParts;
 use axum::http::request::Parts;
 use serde_json::Value;
-use sqlx::Row;
 use uuid::Uuid;
 
 use super::Problem;
 use crate::db::{DbError, Tx};
-use crate::outbox::to_json;
 
 /// The request's key, if it brought one: 1 to 255 visible ASCII characters.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -86,37 +84,47 @@ pub async fn lookup(
     if keys.is_empty() {
         return Ok(HashMap::new());
     }
-    let rows = sqlx::query(
-        "SELECT key, fingerprint, answer FROM idempotency WHERE operation = ? AND key IN (SELECT value FROM json_each(?))",
-    )
-    .bind(operation)
-    .bind(to_json(&keys)?)
-    .fetch_all(tx.sqlite())
-    .await?;
-    let read = |r: &sqlx::sqlite::SqliteRow| {
-        let fingerprint: &str = r.try_get("fingerprint")?;
-        let fingerprint = fingerprint.parse().map_err(|e| sqlx::Error::Decode(Box::new(e)))?;
-        Ok::<_, sqlx::Error>((r.try_get("key")?, Recorded { fingerprint, answer: r.try_get("answer")? }))
-    };
-    Ok(rows.iter().map(read).collect::<Result<_, _>>()?)
+    let rows = tx
+        .query(
+            "SELECT key, fingerprint, answer FROM idempotency WHERE operation = $1 AND key IN (SELECT k FROM {$2: k})",
+        )
+        .bind(operation)
+        .rows(keys.iter().map(|k| (*k,)))
+        .fetch_all()
+        .await?;
+    rows.iter()
+        .map(|r| {
+            Ok((r.get("key")?, Recorded { fingerprint: r.get("fingerprint")?, answer: r.get("answer")? }))
+        })
+        .collect()
 }
 
 /// Records answers, in the transaction of what they answer, in one statement.
+///
+/// # Errors
+/// [`DbError::Conflict`] if another replica has answered one of the keys meanwhile.
 pub async fn record(tx: &mut Tx, operation: &str, answers: &[(&str, Uuid, String)]) -> Result<(), DbError> {
     if answers.is_empty() {
         return Ok(());
     }
-    let now = tx.now().as_millis();
-    sqlx::query(
-        "INSERT INTO idempotency (operation, key, fingerprint, answer, created_at)
-         SELECT ?, value ->> 0, value ->> 1, value ->> 2, ? FROM json_each(?)",
-    )
-    .bind(operation)
-    .bind(now)
-    .bind(to_json(&answers)?)
-    .execute(tx.sqlite())
-    .await?;
-    Ok(())
+    let now = tx.now();
+    let mut answers: Vec<&(&str, Uuid, String)> = answers.iter().collect();
+    answers.sort_unstable();
+    let recorded = tx
+        .query(
+            "INSERT INTO idempotency (operation, key, fingerprint, answer, created_at)
+             SELECT $1, k, print, text, $2 FROM {$3: k, print, text} WHERE true ON CONFLICT DO NOTHING",
+        )
+        .bind(operation)
+        .bind(now)
+        .rows(answers.iter().map(|(key, print, answer)| (*key, *print, answer.as_str())))
+        .execute()
+        .await?;
+    if recorded < answers.len() as u64 {
+        Err(DbError::Conflict("an idempotency key's answer"))
+    } else {
+        Ok(())
+    }
 }
 
 /// The answer to a key used before with another body.

@@ -10,11 +10,12 @@ use axum::http::StatusCode;
 use axum::response::IntoResponse;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use uuid::Uuid;
 
 use super::{Admin, Body, Id, Params, Problem};
 use crate::dead_letter::{self, DeadLetter, Filter, Reason, Status};
 use crate::service::Vitals;
-use crate::telemetry;
+use crate::{Timestamp, telemetry};
 
 pub(crate) fn router(vitals: Arc<Vitals>) -> ApiRouter {
     ApiRouter::new()
@@ -82,10 +83,14 @@ struct ListParams {
     consumer: Option<String>,
     event: Option<String>,
     reason: Option<Reason>,
+    /// Dead since then or later.
+    dead_from: Option<Timestamp>,
+    /// Dead before then.
+    dead_before: Option<Timestamp>,
     /// `open` if left out.
     status: Option<Status>,
     /// The last id of the page before.
-    before: Option<String>,
+    before: Option<Uuid>,
     /// 1 to 500.
     limit: Option<u32>,
 }
@@ -100,14 +105,20 @@ async fn list(
     State(vitals): State<Arc<Vitals>>,
     Params(p): Params<ListParams>,
 ) -> Result<Json<DeadLetters>, Problem> {
-    let filter = Filter { ids: None, consumer: p.consumer, event: p.event, reason: p.reason };
+    let filter = Filter {
+        ids: None,
+        consumer: p.consumer,
+        event: p.event,
+        reason: p.reason,
+        dead_from: p.dead_from,
+        dead_before: p.dead_before,
+    };
     let limit = p.limit.unwrap_or(100);
     if !(1..=500).contains(&limit) {
         return Err(Problem::bad_request("limit: 1 to 500"));
     }
     let status = p.status.unwrap_or(Status::Open);
-    let dead_letters =
-        dead_letter::list(&vitals.db, &filter, Some(status), p.before.as_deref(), limit).await?;
+    let dead_letters = dead_letter::list(&vitals.db, &filter, Some(status), p.before, limit).await?;
     Ok(Json(DeadLetters { dead_letters }))
 }
 
@@ -116,7 +127,10 @@ async fn show(
     State(vitals): State<Arc<Vitals>>,
     Path(Id { id }): Path<Id>,
 ) -> Result<Json<DeadLetter>, Problem> {
-    let found = dead_letter::get(&vitals.db, &id).await?;
+    let found = match id.parse() {
+        Ok(id) => dead_letter::get(&vitals.db, id).await?,
+        Err(_) => None,
+    };
     found.map(Json).ok_or_else(|| Problem::not_found(format!("no dead letter {id} here")))
 }
 
@@ -144,10 +158,10 @@ struct Changed {
 }
 
 fn checked(change: &Change) -> Result<(), Problem> {
-    let f = &change.filter;
-    let empty = f.ids.is_none() && f.consumer.is_none() && f.event.is_none() && f.reason.is_none();
-    if empty && !change.all {
-        return Err(Problem::bad_request("name a filter (ids, consumer, event, reason), or set all to true"));
+    if change.filter.is_empty() && !change.all {
+        return Err(Problem::bad_request(
+            "name a filter (ids, consumer, event, reason, dead_from, dead_before), or set all to true",
+        ));
     }
     Ok(())
 }
