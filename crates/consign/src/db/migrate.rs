@@ -4,7 +4,7 @@
 //! migration may add, and must not take away or rename what the previous version uses; that comes one version later. And a version that finds
 //! migrations it does not know runs all the same.
 
-use sqlx::{PgConnection, PgPool, Row, SqliteConnection};
+use sqlx::{AssertSqlSafe, PgConnection, PgPool, Row, SqliteConnection};
 
 use super::DbError;
 use super::sql::Bind;
@@ -104,6 +104,7 @@ async fn apply_sqlite(
 
 pub(super) async fn postgres(
     pool: &PgPool,
+    schema: Option<&'static str>,
     set: &'static str,
     migrations: &'static [Migration],
     now: Timestamp,
@@ -114,6 +115,11 @@ pub(super) async fn postgres(
         .execute(&mut *tx)
         .await?;
     sqlx::query("SELECT pg_advisory_xact_lock($1)").bind(LOCK).execute(&mut *tx).await?;
+    if let Some(schema) = schema {
+        // A name written in the program.
+        let make = format!("CREATE SCHEMA IF NOT EXISTS {schema}");
+        sqlx::raw_sql(AssertSqlSafe(make)).execute(&mut *tx).await?;
+    }
     apply_postgres(&mut tx, set, migrations, now).await?;
     tx.commit().await?;
     Ok(())

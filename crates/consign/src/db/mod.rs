@@ -187,8 +187,9 @@ impl Db {
             Storage::Sqlite(path) => open_sqlite(path, migrations, now).await?,
             Storage::Postgres(config) => {
                 let pool = postgres::connect(&config, service, CONNECT_LIMIT).await?;
-                migrate::postgres(&pool, "consign", migrate::LIBRARY, now).await?;
-                migrate::postgres(&pool, "service", migrations, now).await?;
+                let schema = config.schema;
+                migrate::postgres(&pool, schema, "consign", migrate::LIBRARY, now).await?;
+                migrate::postgres(&pool, schema, "service", migrations, now).await?;
                 let depth =
                     sqlx::query_scalar("SELECT COUNT(*) FROM outbox_pending").fetch_one(&pool).await?;
                 (Store::Postgres { pool, bell: Arc::default() }, depth)

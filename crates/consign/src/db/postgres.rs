@@ -40,11 +40,14 @@ pub struct PostgresConfig {
     pub password: Option<SecretString>,
     /// Connections at most, per replica.
     pub max_connections: u32,
+    /// A schema of its own in that database, made if need be; the default one if not set.
+    #[serde(skip)]
+    pub schema: Option<&'static str>,
 }
 
 impl Default for PostgresConfig {
     fn default() -> Self {
-        Self { url: String::new(), password: None, max_connections: 16 }
+        Self { url: String::new(), password: None, max_connections: 16, schema: None }
     }
 }
 
@@ -78,6 +81,9 @@ impl PostgresConfig {
         let mut options: PgConnectOptions = self.url.parse()?;
         if let Some(password) = &self.password {
             options = options.password(password.expose_secret());
+        }
+        if let Some(schema) = self.schema {
+            options = options.options([("search_path", schema)]);
         }
         Ok(options
             .application_name(&format!("consign-{service}"))

@@ -17,7 +17,7 @@ use std::sync::{LazyLock, PoisonError, RwLock};
 use bytes::Bytes;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use sqlx::error::BoxDynError;
+use sqlx::error::{BoxDynError, UnexpectedNullError};
 use sqlx::postgres::{PgArguments, PgHasArrayType, PgRow};
 use sqlx::sqlite::{SqliteArguments, SqliteRow};
 use sqlx::types::Json as SqlJson;
@@ -325,7 +325,11 @@ macro_rules! plain {
         }
         impl Fetch for $T {
             fn sqlite(row: &SqliteRow, column: &str) -> Result<Self, sqlx::Error> {
-                row.try_get(column)
+                // Left to itself, SQLite reads nothing as zero.
+                row.try_get::<Option<Self>, _>(column)?.ok_or_else(|| sqlx::Error::ColumnDecode {
+                    index: column.to_owned(),
+                    source: Box::new(UnexpectedNullError),
+                })
             }
             fn postgres(row: &PgRow, column: &str) -> Result<Self, sqlx::Error> {
                 row.try_get(column)
@@ -446,7 +450,7 @@ impl Bind for Timestamp {
 
 impl Fetch for Timestamp {
     fn sqlite(row: &SqliteRow, column: &str) -> Result<Self, sqlx::Error> {
-        row.try_get(column).map(Self::from_millis)
+        <i64 as Fetch>::sqlite(row, column).map(Self::from_millis)
     }
     fn postgres(row: &PgRow, column: &str) -> Result<Self, sqlx::Error> {
         let at: OffsetDateTime = row.try_get(column)?;

@@ -15,6 +15,7 @@
 //! ```
 
 pub mod conformance;
+pub mod database;
 #[allow(clippy::expect_used, reason = "in tests, a panic is how a step fails")]
 pub mod servers;
 
