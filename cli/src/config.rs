@@ -38,7 +38,16 @@ impl Default for Config {
 }
 
 /// Variables that begin like settings and are none.
-const NOT_SETTINGS: &[&str] = &["CONFIG", "ADMIN_TOKEN", "ORDER_URL", "INVENTORY_URL", "PAYMENT_URL"];
+const NOT_SETTINGS: &[&str] = &[
+    "CONFIG",
+    "ADMIN_TOKEN",
+    "ORDER_URL",
+    "INVENTORY_URL",
+    "PAYMENT_URL",
+    "ORDER_DB",
+    "INVENTORY_DB",
+    "PAYMENT_DB",
+];
 
 impl Config {
     /// Defaults, then the file, then the environment, then flags. Without `file`, `consign.toml` is read if it is there.

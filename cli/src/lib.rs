@@ -6,6 +6,7 @@ mod dead_letters;
 mod load;
 mod orders;
 mod output;
+mod snapshot;
 pub mod up;
 mod verify;
 

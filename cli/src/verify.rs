@@ -1,5 +1,5 @@
-//! `consign verify`: is every order where it should be, and every cent and piece accounted for? Reads the databases themselves, on a live
-//! system too: what is merely under way is looked at again until it settles or the time is up.
+//! `consign verify`: is every order where it should be, and every cent and piece accounted for? Reads the databases themselves, SQLite files
+//! or copies of what is in PostgreSQL, on a live system too: what is merely under way is looked at again until it settles or the time is up.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
@@ -14,9 +14,12 @@ use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Row, SqliteConnection};
 use tokio::time::Instant;
 
 use crate::output::Format;
+use crate::snapshot::{self, Databases};
 
-#[derive(Clone, Copy, Debug, Args)]
+#[derive(Clone, Debug, Args)]
 pub struct Options {
+    #[command(flatten)]
+    databases: Databases,
     /// Look again for so many seconds before what is under way counts as a violation.
     #[arg(long, default_value_t = 15)]
     pub settle: u64,
@@ -228,12 +231,18 @@ struct Checked {
 
 /// Whether all is well; prints what was checked.
 pub async fn run(options: Options, data_dir: &Path, format: Format) -> Result<bool, BoxError> {
-    let mut conn = open(data_dir).await?;
     let settle = Duration::from_secs(options.settle);
     let started = Instant::now();
     let mut since: HashMap<(String, String), Instant> = HashMap::new();
     let (mut checked, mut violations) = loop {
-        let (checked, violations) = look(&mut conn, options).await?;
+        let (checked, violations) = match options.databases.urls() {
+            None => look_at(data_dir, &options).await?,
+            Some(urls) => {
+                let copy = tempfile::tempdir()?;
+                snapshot::take(urls, copy.path()).await?;
+                look_at(copy.path(), &options).await?
+            }
+        };
         let now = Instant::now();
         let key = |v: &Violation| (v.check.clone(), v.subject.clone());
         let before = std::mem::take(&mut since);
@@ -248,13 +257,19 @@ pub async fn run(options: Options, data_dir: &Path, format: Format) -> Result<bo
         }
         tokio::time::sleep(Duration::from_millis(500)).await;
     };
-    conn.close().await?;
     for c in &mut checked {
         c.violations = violations.iter().filter(|v| v.check == c.check).count();
     }
     violations.sort_by(|a, b| (&a.check, &a.subject).cmp(&(&b.check, &b.subject)));
     print(&checked, &violations, format)?;
     Ok(violations.is_empty())
+}
+
+async fn look_at(dir: &Path, options: &Options) -> Result<(Vec<Checked>, Vec<Violation>), BoxError> {
+    let mut conn = open(dir).await?;
+    let seen = look(&mut conn, options).await?;
+    conn.close().await?;
+    Ok(seen)
 }
 
 async fn open(data_dir: &Path) -> Result<SqliteConnection, BoxError> {
@@ -282,7 +297,7 @@ async fn open(data_dir: &Path) -> Result<SqliteConnection, BoxError> {
 #[expect(clippy::cast_possible_wrap, reason = "seconds given by a person")]
 async fn look(
     conn: &mut SqliteConnection,
-    options: Options,
+    options: &Options,
 ) -> Result<(Vec<Checked>, Vec<Violation>), BoxError> {
     let now = consign::Clock::system().now().as_millis();
     let late = (now - options.grace as i64 * 1000).to_string();

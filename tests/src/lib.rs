@@ -1,6 +1,8 @@
 //! What the tests of the whole share: the three services on virtual time, and the real program as a process.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "in tests, a panic is how a step fails")]
 
+pub mod fleet;
+
 use std::path::PathBuf;
 use std::process::Stdio;
 use std::time::{Duration, Instant};

@@ -73,8 +73,8 @@ fn main() -> ExitCode {
 fn test(root: &Path) -> Result<(), String> {
     cargo(root, &["fmt", "--all", "--check"])?;
     cargo(root, &["clippy", "--workspace", "--all-targets", "--", "--deny", "warnings"])?;
-    // The black-box tests start this program.
-    cargo(root, &["build", "--package", "consign-cli"])?;
+    // The black-box tests start these programs.
+    cargo(root, &["build", "--workspace", "--bins"])?;
     cargo(root, &["test", "--workspace", "--no-fail-fast"])
 }
 

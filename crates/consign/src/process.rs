@@ -17,7 +17,9 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::Clock;
 use crate::broker::Broker;
 use crate::broker::embedded::EmbeddedBroker;
+use crate::broker::nats::{NatsBroker, NatsConfig};
 use crate::config::Layers;
+use crate::db::{PostgresConfig, Storage};
 use crate::handler::BoxError;
 use crate::http::HttpConfig;
 use crate::service::Running;
@@ -25,6 +27,8 @@ use crate::telemetry::{self, LogConfig};
 
 /// From the signal to the end, at most.
 pub const DRAIN: Duration = Duration::from_secs(8);
+/// And then for the connection to the broker. Both together are well below the 30 s that Kubernetes gives.
+const CLOSE: Duration = Duration::from_secs(4);
 
 /// Returns when the process is asked to stop, by Ctrl-C or SIGTERM.
 pub async fn stop_signal() {
@@ -113,29 +117,95 @@ impl DataDir {
 struct ProgramConfig<C> {
     data_dir: PathBuf,
     log: LogConfig,
+    broker: BrokerKind,
+    nats: NatsConfig,
+    database: DatabaseKind,
+    postgres: PostgresConfig,
     service: C,
+}
+
+/// Which broker a program uses.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum BrokerKind {
+    /// One of its own, that no other process hears.
+    #[default]
+    Embedded,
+    Nats,
+}
+
+/// Where a program keeps its data.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum DatabaseKind {
+    #[default]
+    Sqlite,
+    Postgres,
 }
 
 impl<C: Default> Default for ProgramConfig<C> {
     fn default() -> Self {
-        Self { data_dir: "consign-data".into(), log: LogConfig::default(), service: C::default() }
+        Self {
+            data_dir: "consign-data".into(),
+            log: LogConfig::default(),
+            broker: BrokerKind::default(),
+            nats: NatsConfig::default(),
+            database: DatabaseKind::default(),
+            postgres: PostgresConfig::default(),
+            service: C::default(),
+        }
+    }
+}
+
+impl<C> ProgramConfig<C> {
+    fn check(&self) -> Vec<String> {
+        let mut faults = Vec::new();
+        if self.broker == BrokerKind::Nats {
+            faults.extend(self.nats.check());
+        }
+        if self.database == DatabaseKind::Postgres {
+            faults.extend(self.postgres.check());
+        }
+        if let Err(e) = self.log.parse_filter() {
+            faults.push(telemetry::chain(&e));
+        }
+        faults
     }
 }
 
 /// What a program hands to its service.
 pub struct Setup {
-    /// Where its files lie; claimed for this process.
-    pub data_dir: PathBuf,
+    storage: Storage,
+    data_dir: PathBuf,
     /// Its clock.
     pub clock: Clock,
     /// The broker it publishes to and consumes from.
     pub broker: Arc<dyn Broker>,
 }
 
-/// The `main` of a service's own program: configuration from `CONSIGN_CONFIG` (TOML) and `CONSIGN_…` variables, an embedded broker of its
-/// own, SQLite in the data directory; runs until asked to stop.
+impl Setup {
+    /// Where the service keeps its data.
+    pub fn storage(&self) -> Storage {
+        self.storage.clone()
+    }
+
+    /// Where something keeps its data that is apart from the service's: a file of its own, or a schema.
+    pub fn storage_of(&self, name: &'static str) -> Storage {
+        match &self.storage {
+            Storage::Sqlite(_) => Storage::Sqlite(self.data_dir.join(format!("{name}.db"))),
+            Storage::Postgres(config) => {
+                Storage::Postgres(PostgresConfig { schema: Some(name), ..config.clone() })
+            }
+        }
+    }
+}
+
+/// The `main` of a service's own program: configuration from `CONSIGN_CONFIG` (TOML) and `CONSIGN_…` variables; runs until asked to stop.
+///
+/// `broker = "nats"` and `database = "postgres"` make it one of any number of replicas. By default it has an embedded broker of its own and
+/// SQLite in the data directory.
 pub async fn main<C, F>(
-    name: &str,
+    name: &'static str,
     http: fn(&mut C) -> &mut HttpConfig,
     check: fn(&C) -> Vec<String>,
     start: F,
@@ -153,8 +223,14 @@ where
     }
 }
 
+/// The broker a program has opened, to be closed after its service.
+enum Opened {
+    Embedded(Arc<EmbeddedBroker>),
+    Nats(Arc<NatsBroker>),
+}
+
 async fn run<C, F>(
-    name: &str,
+    name: &'static str,
     http: fn(&mut C) -> &mut HttpConfig,
     check: fn(&C) -> Vec<String>,
     start: F,
@@ -167,26 +243,56 @@ where
     if let Some(path) = std::env::var_os("CONSIGN_CONFIG") {
         layers = layers.file(Path::new(&path))?;
     }
-    let mut config: ProgramConfig<C> = layers
-        .environment("CONSIGN_", &["CONFIG"], std::env::vars())
-        .build(|c: &ProgramConfig<C>| check(&c.service))?;
+    let mut config: ProgramConfig<C> =
+        layers.environment("CONSIGN_", &["CONFIG"], std::env::vars()).build(|c: &ProgramConfig<C>| {
+            let mut faults = c.check();
+            faults.extend(check(&c.service));
+            faults
+        })?;
     telemetry::init_logs(&config.log)?;
     telemetry::metrics();
-    let data_dir = DataDir::claim(&config.data_dir)?;
-    let (token, _) = data_dir.admin_token()?;
-    http(&mut config.service).admin_token.get_or_insert(token);
+    // Files belong to one process; without any, there may be many.
+    let on_files = config.broker == BrokerKind::Embedded || config.database == DatabaseKind::Sqlite;
+    let _data_dir = if on_files {
+        let data_dir = DataDir::claim(&config.data_dir)?;
+        let (token, _) = data_dir.admin_token()?;
+        http(&mut config.service).admin_token.get_or_insert(token);
+        Some(data_dir)
+    } else {
+        if http(&mut config.service).admin_token.is_none() {
+            tracing::warn!("no admin token is set (service.http.admin_token): whatever needs one is refused");
+        }
+        None
+    };
     let clock = Clock::system();
-    let broker = Arc::new(EmbeddedBroker::open(&data_dir.file("broker.db"), clock.clone()).await?);
-    tracing::warn!(
-        service = name,
-        "on an embedded broker of its own: no other process hears its events; `consign up` runs all services on one"
-    );
-    let setup =
-        Setup { data_dir: config.data_dir.clone(), clock, broker: Arc::clone(&broker) as Arc<dyn Broker> };
+    let opened = match config.broker {
+        BrokerKind::Nats => Opened::Nats(Arc::new(NatsBroker::connect(&config.nats, name).await?)),
+        BrokerKind::Embedded => {
+            tracing::warn!(
+                service = name,
+                "on an embedded broker of its own: no other process hears its events; set broker = \"nats\", or let `consign up` run all \
+                 services on one"
+            );
+            let file = config.data_dir.join("broker.db");
+            Opened::Embedded(Arc::new(EmbeddedBroker::open(&file, clock.clone()).await?))
+        }
+    };
+    let broker: Arc<dyn Broker> = match &opened {
+        Opened::Embedded(broker) => Arc::clone(broker) as _,
+        Opened::Nats(broker) => Arc::clone(broker) as _,
+    };
+    let storage = match config.database {
+        DatabaseKind::Sqlite => Storage::Sqlite(config.data_dir.join(format!("{name}.db"))),
+        DatabaseKind::Postgres => Storage::Postgres(config.postgres.clone()),
+    };
+    let setup = Setup { storage, data_dir: config.data_dir.clone(), clock, broker };
     let running = start(config.service, setup).await?;
     println!("{name} listens on http://{}", running.address());
     stop_signal().await;
     running.shutdown(DRAIN).await;
-    broker.close().await;
+    match opened {
+        Opened::Embedded(broker) => broker.close().await,
+        Opened::Nats(broker) => broker.close(CLOSE).await,
+    }
     Ok(())
 }

@@ -9,7 +9,7 @@ async fn main() -> ExitCode {
         |c: &mut inventory::Config| &mut c.0.http,
         inventory::Config::check,
         async |config, setup| {
-            let db = inventory::open(&setup.data_dir.join("inventory.db"), setup.clock).await?;
+            let db = inventory::open(setup.storage(), setup.clock).await?;
             Ok(inventory::service(&config, db, setup.broker).start().await?)
         },
     )

@@ -9,7 +9,7 @@ async fn main() -> ExitCode {
         |c: &mut order::Config| &mut c.http,
         order::Config::check,
         async |config, setup| {
-            let db = order::open(&setup.data_dir.join("order.db"), setup.clock).await?;
+            let db = order::open(setup.storage(), setup.clock).await?;
             Ok(order::service(&config, db, setup.broker).start().await?)
         },
     )

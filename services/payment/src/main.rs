@@ -2,6 +2,8 @@
 
 use std::process::ExitCode;
 
+use payment::gateway::SimulatedGateway;
+
 #[tokio::main]
 async fn main() -> ExitCode {
     consign::process::main(
@@ -9,10 +11,10 @@ async fn main() -> ExitCode {
         |c: &mut payment::Config| &mut c.http,
         payment::Config::check,
         async |config, setup| {
-            let db = payment::open(&setup.data_dir.join("payment.db"), setup.clock.clone()).await?;
-            let ledger = setup.data_dir.join("gateway.db");
-            let gateway =
-                payment::gateway::SimulatedGateway::open(&ledger, config.gateway, setup.clock).await?;
+            let db = payment::open(setup.storage(), setup.clock.clone()).await?;
+            // The outside world: it has a ledger of its own.
+            let ledger = setup.storage_of("gateway");
+            let gateway = SimulatedGateway::open(ledger, config.gateway, setup.clock).await?;
             Ok(payment::service(&config, db, setup.broker, gateway).start().await?)
         },
     )

@@ -265,8 +265,8 @@ impl PostgresServer {
 
     /// A database of its own, owned by a role of the same name; its URL.
     pub fn database(&self, name: &str) -> String {
-        self.sql("postgres", &format!("CREATE ROLE {name} LOGIN"));
-        self.sql("postgres", &format!("CREATE DATABASE {name} OWNER {name}"));
+        self.sql("postgres", &format!("CREATE ROLE \"{name}\" LOGIN"));
+        self.sql("postgres", &format!("CREATE DATABASE \"{name}\" OWNER \"{name}\""));
         self.url(name, name)
     }
 

@@ -1,0 +1,281 @@
+//! The services as processes of their own, two replicas of each, on real servers: what faults are tried on.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::process::Stdio;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use consign::testing::servers::{NatsServer, PostgresServer};
+use serde_json::{Value, json};
+use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::process::{Child, Command};
+use tokio::task::JoinSet;
+
+use crate::{TOKEN, program};
+
+pub const SERVICES: [&str; 3] = ["order", "inventory", "payment"];
+
+/// One process of one service.
+pub struct Replica {
+    pub service: &'static str,
+    child: Child,
+    pub url: String,
+}
+
+/// Three services in replicas, on NATS and PostgreSQL.
+pub struct Fleet {
+    pub nats: Vec<NatsServer>,
+    pub postgres: PostgresServer,
+    databases: BTreeMap<&'static str, String>,
+    settings: Vec<(String, String)>,
+    pub replicas: Vec<Replica>,
+    logs: PathBuf,
+    http: reqwest::Client,
+}
+
+impl Fleet {
+    /// `replicas` of each, on these NATS servers; with 1000 of each of ten products in stock.
+    pub async fn start(nats: Vec<NatsServer>, replicas: usize, settings: &[(&str, &str)]) -> Self {
+        let postgres = tokio::task::block_in_place(PostgresServer::start);
+        let databases = SERVICES.iter().map(|s| (*s, postgres.database(s))).collect();
+        let logs = std::env::temp_dir().join(format!("consign-fleet-{}", std::process::id()));
+        std::fs::create_dir_all(&logs).unwrap();
+        let http = reqwest::Client::builder().timeout(Duration::from_secs(10)).build().unwrap();
+        let settings = settings.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+        let mut fleet = Self { nats, postgres, databases, settings, replicas: Vec::new(), logs, http };
+        for _ in 0..replicas {
+            for service in ["inventory", "payment", "order"] {
+                fleet.add(service).await;
+            }
+        }
+        fleet.seed().await;
+        fleet
+    }
+
+    /// Starts one more replica, and waits until it is ready.
+    pub async fn add(&mut self, service: &'static str) {
+        let urls: Vec<String> = self.nats.iter().map(NatsServer::url).collect();
+        let n = self.replicas.len();
+        let log = std::fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(self.logs.join(format!("{service}.log")))
+            .unwrap();
+        let mut command = Command::new(program().with_file_name(format!("consign-{service}")));
+        command
+            .env("CONSIGN_BROKER", "nats")
+            .env("CONSIGN_NATS__URLS", format!("{urls:?}"))
+            .env("CONSIGN_DATABASE", "postgres")
+            .env("CONSIGN_POSTGRES__URL", &self.databases[service])
+            .env("CONSIGN_SERVICE__HTTP__LISTEN", "127.0.0.1:0")
+            .env("CONSIGN_SERVICE__HTTP__ADMIN_TOKEN", TOKEN)
+            .envs(self.settings.iter().map(|(k, v)| (k, v)))
+            .kill_on_drop(true)
+            .stdout(Stdio::piped())
+            .stderr(log);
+        let mut child = command.spawn().unwrap_or_else(|e| panic!("consign-{service}: {e}; build it first"));
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let first = tokio::time::timeout(Duration::from_secs(30), lines.next_line()).await;
+        let line = first.expect("ready within 30 s").unwrap();
+        let line = line.unwrap_or_else(|| panic!("{service} ended; see {}", self.logs.display()));
+        let url = line.split_whitespace().last().unwrap().to_owned();
+        assert!(url.starts_with("http://"), "{line}, replica {n}");
+        self.replicas.push(Replica { service, child, url });
+    }
+
+    /// The base URLs of a service's replicas.
+    pub fn urls(&self, service: &str) -> Vec<String> {
+        self.replicas.iter().filter(|r| r.service == service).map(|r| r.url.clone()).collect()
+    }
+
+    async fn seed(&self) {
+        let inventory = &self.urls("inventory")[0];
+        for n in 0..10 {
+            let body = json!({"name": format!("product {n}"), "price": 100 + n, "currency": "EUR"});
+            let url = format!("{inventory}/products/p{n}");
+            let put = self.http.put(url).bearer_auth(TOKEN).json(&body).send().await.unwrap();
+            assert!(put.status().is_success(), "{}", put.text().await.unwrap());
+            let url = format!("{inventory}/products/p{n}/stock");
+            let body = json!({"delta": 1000, "reason": "test"});
+            let request =
+                self.http.post(url).bearer_auth(TOKEN).header("Idempotency-Key", format!("seed-{n}"));
+            assert!(request.json(&body).send().await.unwrap().status().is_success());
+        }
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while self.try_place(&self.urls("order")[0], "probe").await.is_none() {
+            assert!(Instant::now() < deadline, "the products never reached the order service");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    async fn try_place(&self, order: &str, key: &str) -> Option<String> {
+        place(&self.http, order, key, 9, "standard").await
+    }
+
+    /// Kills the first replica of a service with -9.
+    pub async fn kill(&mut self, service: &str) {
+        let at = self.replicas.iter().position(|r| r.service == service).expect("a replica to kill");
+        let mut replica = self.replicas.remove(at);
+        replica.child.kill().await.unwrap();
+    }
+
+    /// Sends a signal to the first replica of a service.
+    pub async fn signal(&self, service: &str, signal: &str) {
+        let replica = self.replicas.iter().find(|r| r.service == service).expect("a replica to signal");
+        let pid = replica.child.id().unwrap().to_string();
+        assert!(Command::new("kill").args([signal, &pid]).status().await.unwrap().success());
+    }
+
+    /// Asks the first replica of a service to end, and waits until it has; how long that took.
+    pub async fn terminate(&mut self, service: &str) -> Duration {
+        let at = self.replicas.iter().position(|r| r.service == service).expect("a replica to end");
+        self.signal(service, "-TERM").await;
+        let started = Instant::now();
+        let mut replica = self.replicas.remove(at);
+        let status = tokio::time::timeout(Duration::from_secs(29), replica.child.wait()).await;
+        assert!(status.expect("well below Kubernetes' 30 s").unwrap().success());
+        started.elapsed()
+    }
+
+    /// Places orders, so many a second, until stopped.
+    pub fn load(&self, per_second: u32) -> Load {
+        let stop = Arc::new(AtomicBool::new(false));
+        let orders = Arc::new(Mutex::new(self.urls("order")));
+        let run = {
+            let (stop, orders, http) = (Arc::clone(&stop), Arc::clone(&orders), self.http.clone());
+            tokio::spawn(async move {
+                let mut placing = JoinSet::new();
+                let mut ids = Vec::new();
+                let mut tick = tokio::time::interval(Duration::from_secs(1) / per_second);
+                for n in 0_usize.. {
+                    if stop.load(Ordering::Relaxed) {
+                        break;
+                    }
+                    tick.tick().await;
+                    let (orders, http) = (Arc::clone(&orders), http.clone());
+                    let lane = if n % 4 == 0 { "express" } else { "standard" };
+                    placing.spawn(async move { place_surely(&http, &orders, n, lane).await });
+                    while let Some(done) = placing.try_join_next() {
+                        ids.push(done.unwrap());
+                    }
+                }
+                ids.extend(placing.join_all().await);
+                ids
+            })
+        };
+        Load { stop, orders, run }
+    }
+
+    /// Waits until every one of these orders has ended.
+    ///
+    /// # Panics
+    /// After `limit`.
+    pub async fn all_end(&self, ids: &[String], limit: Duration) {
+        let deadline = Instant::now() + limit;
+        let mut open: Vec<&String> = ids.iter().collect();
+        while !open.is_empty() {
+            let order = &self.urls("order")[0];
+            let mut still = Vec::new();
+            for id in open {
+                let asked = self.http.get(format!("{order}/orders/{id}")).send().await;
+                let status = match asked {
+                    Ok(answer) => {
+                        answer.json::<Value>().await.map(|o| o["status"].clone()).unwrap_or_default()
+                    }
+                    Err(_) => Value::Null,
+                };
+                if status != "confirmed" && status != "cancelled" {
+                    still.push(id);
+                }
+            }
+            open = still;
+            assert!(
+                Instant::now() < deadline || open.is_empty(),
+                "{} of {} orders have not ended within {limit:?}, for example {}; logs in {}",
+                open.len(),
+                ids.len(),
+                open[0],
+                self.logs.display()
+            );
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+    }
+
+    /// Every order, cent and piece is accounted for, and nothing is dead.
+    pub async fn verify(&self) {
+        let [order, inventory, payment] = SERVICES.map(|s| self.databases[s].as_str());
+        let (code, out, err) = crate::consign(&[
+            "verify",
+            "--settle",
+            "20",
+            "--order-db",
+            order,
+            "--inventory-db",
+            inventory,
+            "--payment-db",
+            payment,
+        ])
+        .await;
+        assert_eq!(code, 0, "{out}{err}; logs in {}", self.logs.display());
+    }
+
+    /// What a service says of its health.
+    pub async fn health(&self, service: &str) -> Value {
+        let url = format!("{}/health", self.urls(service)[0]);
+        self.http.get(url).send().await.unwrap().json().await.unwrap()
+    }
+}
+
+/// Orders being placed.
+pub struct Load {
+    stop: Arc<AtomicBool>,
+    orders: Arc<Mutex<Vec<String>>>,
+    run: tokio::task::JoinHandle<Vec<String>>,
+}
+
+impl Load {
+    /// Tells it which replicas there are now.
+    pub fn replicas(&self, fleet: &Fleet) {
+        *self.orders.lock().unwrap() = fleet.urls("order");
+    }
+
+    /// No more orders; the ids of all that were accepted.
+    pub async fn stop(self) -> Vec<String> {
+        self.stop.store(true, Ordering::Relaxed);
+        let ids = self.run.await.unwrap();
+        assert!(!ids.is_empty());
+        ids
+    }
+}
+
+/// An order of one piece; its id, if it was accepted.
+async fn place(http: &reqwest::Client, order: &str, key: &str, n: usize, lane: &str) -> Option<String> {
+    let body = json!({
+        "customer_id": "ada", "lane": lane,
+        "items": [{"product_id": format!("p{}", n % 10), "quantity": 1}],
+    });
+    let request = http.post(format!("{order}/orders")).header("Idempotency-Key", key).json(&body);
+    let answer = request.send().await.ok()?;
+    if answer.status() != 202 {
+        return None;
+    }
+    answer.json::<Value>().await.ok()?["id"].as_str().map(str::to_owned)
+}
+
+/// Tries until it is accepted, by whichever replica answers, always with the same key.
+async fn place_surely(http: &reqwest::Client, orders: &Mutex<Vec<String>>, n: usize, lane: &str) -> String {
+    let key = format!("order-{n}");
+    for attempt in 0_usize.. {
+        let order = {
+            let orders = orders.lock().unwrap();
+            orders[(n + attempt) % orders.len()].clone()
+        };
+        if let Some(id) = place(http, &order, &key, n, lane).await {
+            return id;
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    unreachable!("it tries for ever")
+}
