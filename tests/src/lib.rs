@@ -187,9 +187,11 @@ impl System {
         ];
         let look = async || {
             for (stream, consumer) in consumers {
-                match self.bench.broker.consumer_info(stream, consumer).await {
-                    Ok(info) if info.pending == 0 && info.ack_pending == 0 => {}
-                    _ => return false,
+                for durable in [consumer.to_owned(), format!("{consumer}-express")] {
+                    match self.bench.broker.consumer_info(stream, &durable).await {
+                        Ok(info) if info.pending == 0 && info.ack_pending == 0 => {}
+                        _ => return false,
+                    }
                 }
             }
             [&self.order, &self.inventory, &self.payment].iter().all(|s| s.db().outbox_depth() == 0)

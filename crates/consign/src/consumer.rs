@@ -5,11 +5,14 @@
 
 use std::any::Any;
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use tokio::sync::Notify;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tower::util::BoxCloneSyncService;
 use tower::{Layer, Service, ServiceBuilder, ServiceExt, service_fn};
@@ -18,7 +21,7 @@ use uuid::Uuid;
 use crate::broker::{Broker, ConsumerConfig, Delivery, Settlement, StoredMessage};
 use crate::db::{Db, DbError, Slot};
 use crate::dead_letter::{self, Burial, Reason};
-use crate::event::{Cause, Envelope, Event, EventId};
+use crate::event::{Cause, Envelope, Event, EventId, Lane};
 use crate::handler::{BoxError, Call, Failure, Fate, Handler, Incoming};
 use crate::inbox;
 use crate::layer::{CatchPanic, Measure, Timeout};
@@ -28,8 +31,12 @@ use crate::telemetry;
 
 /// How long one fetch waits for a message.
 const FETCH_WAIT: Duration = Duration::from_secs(5);
-/// A delivery count that says the process dies of this event, or its acks are lost: given up, though no failure was ever recorded.
-const DELIVERIES_WITHOUT_OUTCOME: u32 = 50;
+/// While express events are at work, standard ones wait for them, but no longer than this a batch: neither lane starves.
+const GIVE_WAY: Duration = Duration::from_millis(25);
+/// After express events were seen, standard batches stay small for so long, so that the next ones need not wait for a large one to end.
+const EXPRESS_RECENTLY: Duration = Duration::from_secs(2);
+/// By how much they are smaller then.
+const SMALLER: usize = 8;
 
 type HandlerService = BoxCloneSyncService<Call, (), Failure>;
 type Decode = fn(Value) -> Result<Arc<dyn Any + Send + Sync>, serde_json::Error>;
@@ -169,7 +176,7 @@ pub struct ReadyConsumer {
 }
 
 impl ReadyConsumer {
-    /// Its name, which is also its durable's.
+    /// Its name, by which the inbox knows it.
     pub fn name(&self) -> &str {
         &self.name
     }
@@ -184,19 +191,75 @@ impl ReadyConsumer {
         &self.options
     }
 
-    /// What it asks of the broker. Failures are counted in the database, so the broker itself never gives up.
-    pub fn broker_config(&self) -> ConsumerConfig {
-        let mut filters: Vec<String> = self.routes.keys().map(|name| format!("{name}.>")).collect();
-        filters.sort();
-        ConsumerConfig {
-            ack_wait: self.options.ack_wait,
-            max_ack_pending: self.options.batch * 4,
-            ..ConsumerConfig::new(&self.name, filters)
+    /// The durable that brings it the events of a lane.
+    pub fn durable(&self, lane: Lane) -> String {
+        match lane {
+            Lane::Express => format!("{}-express", self.name),
+            Lane::Standard => self.name.to_string(),
         }
     }
 
+    /// What it asks of the broker for a lane.
+    ///
+    /// Failures are counted in the database, and decided on there. The broker's own limit is the backstop for what kills the process or
+    /// loses its acknowledgements: what it gives up is taken up from its advisories.
+    pub fn broker_config(&self, lane: Lane) -> ConsumerConfig {
+        let lane_name = lane.as_str();
+        let mut filters: Vec<String> = self
+            .routes
+            .keys()
+            .flat_map(|name| [format!("{name}.{lane_name}"), format!("{name}.{lane_name}.>")])
+            .collect();
+        filters.sort();
+        ConsumerConfig {
+            ack_wait: self.options.ack_wait,
+            max_deliver: Some(self.options.retry.limit),
+            max_ack_pending: self.options.batch * 4,
+            ..ConsumerConfig::new(&self.durable(lane), filters)
+        }
+    }
+
+    /// Runs both lanes until told to stop.
     pub(crate) async fn run(self, db: Db, broker: Arc<dyn Broker>, stop: CancellationToken) {
-        Worker { consumer: self, db, broker, stop }.run().await;
+        let (consumer, turns) = (Arc::new(self), Arc::new(Turns::default()));
+        let lane = |lane| {
+            let (consumer, turns) = (Arc::clone(&consumer), Arc::clone(&turns));
+            Worker { consumer, lane, turns, db: db.clone(), broker: Arc::clone(&broker), stop: stop.clone() }
+                .run()
+        };
+        tokio::join!(lane(Lane::Express), lane(Lane::Standard));
+    }
+}
+
+/// Who goes first: express events, but the others get their turn.
+#[derive(Debug, Default)]
+struct Turns {
+    express_at_work: AtomicBool,
+    express_seen: Mutex<Option<Instant>>,
+    express_done: Notify,
+}
+
+impl Turns {
+    fn express_begins(&self) {
+        *self.express_seen.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+        self.express_at_work.store(true, Ordering::Relaxed);
+    }
+
+    fn express_ends(&self) {
+        self.express_at_work.store(false, Ordering::Relaxed);
+        self.express_done.notify_waiters();
+    }
+
+    fn express_recently(&self) -> bool {
+        let seen = *self.express_seen.lock().unwrap_or_else(PoisonError::into_inner);
+        seen.is_some_and(|at| at.elapsed() < EXPRESS_RECENTLY)
+    }
+
+    async fn give_way(&self) {
+        let done = self.express_done.notified();
+        if self.express_at_work.load(Ordering::Relaxed) {
+            let _ = tokio::time::timeout(GIVE_WAY, done).await;
+        }
     }
 }
 
@@ -215,7 +278,9 @@ struct Reject {
 }
 
 struct Worker {
-    consumer: ReadyConsumer,
+    consumer: Arc<ReadyConsumer>,
+    lane: Lane,
+    turns: Arc<Turns>,
     db: Db,
     broker: Arc<dyn Broker>,
     stop: CancellationToken,
@@ -223,9 +288,9 @@ struct Worker {
 
 impl Worker {
     async fn run(self) {
-        let (name, stream) = (&*self.consumer.name, self.consumer.stream.as_str());
+        let config = self.consumer.broker_config(self.lane);
+        let (name, stream) = (config.durable.as_str(), self.consumer.stream.as_str());
         let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(10));
-        let config = self.consumer.broker_config();
         while let Err(error) = self.broker.ensure_consumer(stream, &config).await {
             let delay = backoff.next();
             tracing::warn!(consumer = name, stream, %error, retry_in = ?delay, "the consumer cannot be made yet");
@@ -241,17 +306,17 @@ impl Worker {
             let fetched = tokio::select! {
                 biased;
                 () = self.stop.cancelled() => break,
-                _ = redrive.changed() => {
+                _ = redrive.changed(), if self.lane == Lane::Standard => {
                     self.redrive_queued().await;
                     continue;
                 }
-                fetched = self.broker.fetch(stream, name, self.consumer.options.batch, FETCH_WAIT) => fetched,
+                fetched = self.broker.fetch(stream, name, self.batch(), FETCH_WAIT) => fetched,
             };
             match fetched {
                 Ok(deliveries) => {
                     backoff.reset();
                     if !deliveries.is_empty() {
-                        self.keep_alive_while(&deliveries, self.process(&deliveries)).await;
+                        self.keep_alive_while(&deliveries, self.in_turn(&deliveries)).await;
                     }
                 }
                 Err(error) => {
@@ -262,6 +327,27 @@ impl Worker {
                         () = self.stop.cancelled() => {}
                     }
                 }
+            }
+        }
+    }
+
+    /// How many events the next batch may have.
+    fn batch(&self) -> usize {
+        let batch = self.consumer.options.batch;
+        let small = self.lane == Lane::Standard && self.turns.express_recently();
+        if small { (batch / SMALLER).max(1) } else { batch }
+    }
+
+    async fn in_turn(&self, deliveries: &[Delivery]) {
+        match self.lane {
+            Lane::Express => {
+                self.turns.express_begins();
+                self.process(deliveries).await;
+                self.turns.express_ends();
+            }
+            Lane::Standard => {
+                self.turns.give_way().await;
+                self.process(deliveries).await;
             }
         }
     }
@@ -286,8 +372,8 @@ impl Worker {
         if settlements.is_empty() {
             return;
         }
-        let (name, stream) = (&*self.consumer.name, self.consumer.stream.as_str());
-        if let Err(error) = self.broker.settle(stream, name, settlements).await {
+        let (name, stream) = (self.consumer.durable(self.lane), self.consumer.stream.as_str());
+        if let Err(error) = self.broker.settle(stream, &name, settlements).await {
             // Redelivered then, and acknowledged by the inbox.
             tracing::warn!(consumer = name, stream, %error, "deliveries could not be settled");
         }
@@ -296,7 +382,7 @@ impl Worker {
     async fn process(&self, deliveries: &[Delivery]) {
         let mut entries = Vec::with_capacity(deliveries.len());
         for d in deliveries {
-            match self.decode(&d.message, d.delivered) {
+            match self.decode(&d.message) {
                 Ok((incoming, route)) => entries.push(Entry { delivery: d, incoming, route }),
                 Err(reject) => self.reject(d, reject).await,
             }
@@ -350,18 +436,13 @@ impl Worker {
         }
     }
 
-    fn decode(&self, stored: &StoredMessage, delivered: u32) -> Result<(Incoming, &Route), Reject> {
+    fn decode(&self, stored: &StoredMessage) -> Result<(Incoming, &Route), Reject> {
         let undecodable = |error: String| Reject { reason: Reason::Undecodable, error, envelope: None };
         let envelope = Envelope::from_message(&stored.message).map_err(|e| undecodable(e.to_string()))?;
         let reject = |reason, error| Reject { reason, error, envelope: Some(Box::new(envelope.clone())) };
         let Some(route) = self.consumer.routes.get(&envelope.name()) else {
             return Err(reject(Reason::Unaccepted, format!("{} is not accepted here", envelope.name())));
         };
-        if delivered > DELIVERIES_WITHOUT_OUTCOME {
-            let error =
-                format!("delivered {delivered} times without an outcome: does the process die of it?");
-            return Err(reject(Reason::Exhausted, error));
-        }
         let horizon = self.consumer.options.inbox_retention;
         if self.db.clock().now().since(envelope.time) > horizon {
             let error = format!("older than the inbox remembers ({horizon:?}): it may have been handled");
@@ -607,7 +688,11 @@ impl Worker {
     }
 
     async fn redrive(&self, id: Uuid, stored: &StoredMessage) -> Result<(), BoxError> {
-        let (incoming, route) = match self.decode(stored, 1) {
+        // Counted before it runs: an event that kills the process must not do so for ever.
+        if !dead_letter::begin_redrive(&self.db, id).await? {
+            return Ok(());
+        }
+        let (incoming, route) = match self.decode(stored) {
             Ok(decoded) => decoded,
             Err(reject) => return Err(reject.error.into()),
         };

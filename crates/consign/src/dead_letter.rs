@@ -1,6 +1,8 @@
 //! Dead letters: rows in the consumer's own database, committed before the message is given up, with everything needed to
 //! understand and to run them again. The dead-letter stream is their projection, through the outbox.
 
+use std::time::Duration;
+
 use bytes::Bytes;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -30,7 +32,8 @@ pub enum Reason {
     BreaksSchema,
     /// A type or version this consumer does not accept.
     Unaccepted,
-    /// Delivered again and again without any outcome.
+    /// Delivered as often as the broker may, without any outcome: processes died, or acknowledgements were lost. Run again automatically,
+    /// a few times.
     Exhausted,
     /// Older than the inbox remembers.
     BeyondHorizon,
@@ -444,11 +447,30 @@ pub(crate) async fn queued(db: &Db, consumer: &str) -> Result<Vec<(Uuid, StoredM
     rows.iter().map(stored).collect()
 }
 
-/// Marks a queued dead letter redriven, in the transaction that runs it; `false` if somebody else has.
+/// Takes a queued dead letter in order to run it; `false` if somebody else has. If the process dies of it, it is open and counted.
+pub(crate) async fn begin_redrive(db: &Db, id: Uuid) -> Result<bool, DbError> {
+    let mut tx = db.begin().await?;
+    let now = tx.now();
+    let taken = tx
+        .query(
+            "UPDATE dead_letters SET status = 'open', redrives = redrives + 1, updated_at = $1 WHERE id = $2 AND status = 'queued'",
+        )
+        .bind(now)
+        .bind(id)
+        .execute()
+        .await?;
+    tx.commit().await?;
+    Ok(taken > 0)
+}
+
+/// Marks a dead letter redriven, in the transaction that runs it; `false` if somebody else has.
 pub(crate) async fn take(tx: &mut Tx, id: Uuid) -> Result<bool, DbError> {
     let now = tx.now();
     let taken = tx
-        .query("UPDATE dead_letters SET status = 'redriven', updated_at = $1 WHERE id = $2 AND status = 'queued'")
+        .query(
+            "UPDATE dead_letters SET status = 'redriven', redrives = redrives - 1, updated_at = $1
+             WHERE id = $2 AND status IN ('open', 'queued')",
+        )
         .bind(now)
         .bind(id)
         .execute()
@@ -460,21 +482,64 @@ pub(crate) async fn take(tx: &mut Tx, id: Uuid) -> Result<bool, DbError> {
     Ok(true)
 }
 
-/// Opens a queued dead letter again, with what went wrong this time.
+/// Records what went wrong this time.
 pub(crate) async fn redrive_failed(db: &Db, id: Uuid, error: &str) -> Result<(), DbError> {
     let mut tx = db.begin().await?;
     let now = tx.now();
-    tx.query(
-        "UPDATE dead_letters SET status = 'open', redrives = redrives + 1, error = $1, updated_at = $2
-         WHERE id = $3 AND status = 'queued'",
-    )
-    .bind(error)
-    .bind(now)
-    .bind(id)
-    .execute()
-    .await?;
+    tx.query("UPDATE dead_letters SET error = $1, updated_at = $2 WHERE id = $3 AND status = 'open'")
+        .bind(error)
+        .bind(now)
+        .bind(id)
+        .execute()
+        .await?;
     audit(&mut tx, id, "failed_again", error).await?;
     tx.commit().await
+}
+
+/// Between automatic redrives of one dead letter, times how often it was run already.
+const AUTOMATIC_REDRIVE: Duration = Duration::from_secs(30);
+
+/// Queues what the broker gave up although nothing is known to be wrong with it, a few times and ever later. How many were queued.
+///
+/// What kills the process is run again no more than [`REDRIVE_LIMIT`] times by this, and then waits for somebody to decide.
+pub(crate) async fn queue_exhausted(db: &Db) -> Result<u64, DbError> {
+    let waiting = db
+        .query("SELECT DISTINCT redrives FROM dead_letters WHERE status = 'open' AND reason = $1 AND redrives < $2")
+        .bind(Reason::Exhausted.as_str())
+        .bind(REDRIVE_LIMIT)
+        .fetch_all()
+        .await?;
+    let mut queued = 0;
+    for row in waiting {
+        let redrives: u32 = row.get("redrives")?;
+        let mut tx = db.begin().await?;
+        let now = tx.now();
+        let rows = tx
+            .query(
+                "UPDATE dead_letters SET status = 'queued', updated_at = $1
+                 WHERE status = 'open' AND reason = $2 AND redrives = $3 AND updated_at <= $4 RETURNING id",
+            )
+            .bind(now)
+            .bind(Reason::Exhausted.as_str())
+            .bind(redrives)
+            .bind(now - AUTOMATIC_REDRIVE * redrives)
+            .fetch_all()
+            .await?;
+        if rows.is_empty() {
+            tx.rollback().await;
+            continue;
+        }
+        for row in &rows {
+            audit(&mut tx, row.get("id")?, "queued", "automatically: nothing is known to be wrong with it")
+                .await?;
+        }
+        tx.commit().await?;
+        queued += rows.len() as u64;
+    }
+    if queued > 0 {
+        db.redrive_wake().send_replace(());
+    }
+    Ok(queued)
 }
 
 /// How many wait for a decision.

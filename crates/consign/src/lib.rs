@@ -54,6 +54,7 @@
 // The derive macro names this crate by its name, in here too.
 extern crate self as consign;
 
+pub mod advisories;
 pub mod broker;
 pub mod config;
 pub mod consumer;

@@ -27,7 +27,7 @@ use crate::db::{Db, DbError};
 use crate::http::{Edge, guard, method_not_allowed, not_found, ops_router};
 use crate::retry::Backoff;
 use crate::tasks::{TaskHandler, TaskOptions};
-use crate::{dead_letter, outbox, tasks, telemetry};
+use crate::{Lane, advisories, dead_letter, outbox, tasks, telemetry};
 
 /// How often gauges are measured and old rows looked for.
 const HOUSEKEEPING: Duration = Duration::from_secs(30);
@@ -139,7 +139,7 @@ impl Service {
             config,
             db,
             broker,
-            streams: vec![dead_letters],
+            streams: vec![dead_letters, advisories::stream()],
             consumers: Vec::new(),
             workers: Vec::new(),
             prunes,
@@ -209,7 +209,7 @@ impl Service {
         let vitals = Arc::new(Vitals {
             db: self.db.clone(),
             broker: Arc::clone(&self.broker),
-            consumers: self.consumers.iter().map(|c| (c.stream().to_owned(), c.name().to_owned())).collect(),
+            consumers: durables(&self.consumers),
             outbox_cap: self.config.outbox.max_pending,
             stopping: AtomicBool::new(false),
         });
@@ -218,6 +218,13 @@ impl Service {
         for worker in self.workers {
             work.spawn(worker(stops.work.clone()));
         }
+        let given_up = durables(&self.consumers);
+        work.spawn(advisories::listen(
+            self.db.clone(),
+            Arc::clone(&self.broker),
+            given_up,
+            stops.work.clone(),
+        ));
         for consumer in self.consumers {
             work.spawn(consumer.run(self.db.clone(), Arc::clone(&self.broker), stops.work.clone()));
         }
@@ -242,6 +249,13 @@ impl Service {
         }
         Ok(Running { name, address, stops, vitals, work, relay, http, db: self.db })
     }
+}
+
+/// Stream and durable of both lanes of each consumer.
+fn durables(consumers: &[ReadyConsumer]) -> Vec<(String, String)> {
+    let lanes =
+        |c: &ReadyConsumer| [Lane::Express, Lane::Standard].map(|l| (c.stream().to_owned(), c.durable(l)));
+    consumers.iter().flat_map(lanes).collect()
 }
 
 async fn ensure_stream(broker: &dyn Broker, config: &StreamConfig) -> Result<(), StartError> {

@@ -268,6 +268,54 @@ async fn what_somebody_took_and_never_settled_comes_again_after_ack_wait() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn what_the_broker_gave_up_is_taken_up_from_its_advisory() {
+    let bench = Bench::start();
+    for config in [
+        StreamConfig::new("THINGS", &["things.>"]),
+        StreamConfig::new(
+            consign::advisories::STREAM,
+            &["$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES.>", "$JS.EVENT.ADVISORY.CONSUMER.MSG_TERMINATED.>"],
+        ),
+    ] {
+        bench.broker.ensure_stream(&config).await.unwrap();
+    }
+    let filters = vec!["things.happened.v1.standard".into()];
+    let config = ConsumerConfig { max_deliver: Some(5), ..ConsumerConfig::new("notes", filters) };
+    bench.broker.ensure_consumer("THINGS", &config).await.unwrap();
+    bench.broker.publish(vec![message(&bench, 1)]).await.remove(0).unwrap();
+    // Five processes die of something else, each with the event in hand.
+    for _ in 0..5 {
+        assert_eq!(bench.broker.fetch("THINGS", "notes", 1, Duration::from_secs(1)).await.unwrap().len(), 1);
+        bench.time.advance(Duration::from_secs(31)).await;
+    }
+    let rig = Rig::on(bench, Consumer::new("notes", "THINGS"), false).await;
+    let handled = async || rig.notes().await == [(1, 1)];
+    rig.bench.time.until_within(MINUTES, Duration::from_secs(1), "run again by itself", handled).await;
+    rig.settled().await;
+    assert_eq!(rig.dead(Status::Open).await.len(), 0);
+    let letter = rig.dead(Status::Redriven).await.remove(0);
+    assert_eq!((letter.reason.as_str(), letter.stream_seq), ("exhausted", 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_fails_every_time_it_is_run_again_waits_for_somebody_in_the_end() {
+    let rig = Rig::start(false).await;
+    rig.mood.fails(1, "never");
+    rig.publish(vec![rig.message(1)]).await;
+    rig.until_dead(1, MINUTES).await;
+    // As if the broker had given it up.
+    let mut tx = rig.db.begin().await.unwrap();
+    tx.query("UPDATE dead_letters SET reason = 'exhausted'").execute().await.unwrap();
+    tx.commit().await.unwrap();
+    let before = rig.mood.calls(1);
+    let tried =
+        async || rig.dead(Status::Open).await.iter().any(|l| l.redrives == dead_letter::REDRIVE_LIMIT);
+    rig.bench.time.until_within(MINUTES, Duration::from_secs(5), "the limit of redrives", tried).await;
+    rig.bench.time.advance(Duration::from_secs(600)).await;
+    assert_eq!(rig.mood.calls(1) - before, dead_letter::REDRIVE_LIMIT);
+}
+
+#[tokio::test(start_paused = true)]
 async fn retries_wait_and_are_not_burned_at_once() {
     let rig = Rig::start(false).await;
     rig.mood.fails(1, "retry");
