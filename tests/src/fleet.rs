@@ -203,7 +203,8 @@ impl Fleet {
         }
     }
 
-    /// Every order, cent and piece is accounted for, and nothing is dead.
+    /// Every order, cent and piece is accounted for, and nothing is dead. What a process that was killed had in hand comes again after
+    /// AckWait, so that much is waited for.
     pub async fn verify(&self) {
         let [order, inventory, payment] = SERVICES.map(|s| self.databases[s].as_str());
         let (code, out, err) = crate::consign(&[
@@ -219,6 +220,18 @@ impl Fleet {
         ])
         .await;
         assert_eq!(code, 0, "{out}{err}; logs in {}", self.logs.display());
+    }
+
+    /// Has each service compare its outbox with the streams; their reports.
+    pub async fn reconcile(&self) -> Vec<Value> {
+        let mut reports = Vec::new();
+        for service in SERVICES {
+            let url = format!("{}/admin/reconcile", self.urls(service)[0]);
+            let answer = self.http.post(url).bearer_auth(TOKEN).send().await.unwrap();
+            assert!(answer.status().is_success(), "{}", answer.text().await.unwrap());
+            reports.push(answer.json().await.unwrap());
+        }
+        reports
     }
 
     /// What a service says of its health.

@@ -66,3 +66,25 @@ async fn a_restart_of_postgres() {
     fleet.all_end(&ids, HEALED).await;
     fleet.verify().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_brokers_whole_store_is_deleted() {
+    let mut fleet = fleet().await;
+    let load = fleet.load(30);
+    pause(4).await;
+    tokio::task::block_in_place(|| {
+        fleet.nats[0].delete_store();
+        fleet.nats[0].start_again();
+    });
+    pause(4).await;
+    let ids = load.stop().await;
+    fleet.all_end(&ids, HEALED).await;
+    fleet.verify().await;
+    // Done again, with nothing missing, it changes nothing.
+    for report in fleet.reconcile().await {
+        for stream in report["streams"].as_array().unwrap() {
+            assert_eq!(stream["republished"], 0, "{report}");
+        }
+        assert_eq!(report["rewound"].as_array().unwrap().len(), 0, "{report}");
+    }
+}

@@ -18,7 +18,7 @@ use tower::util::BoxCloneSyncService;
 use tower::{Layer, Service, ServiceBuilder, ServiceExt, service_fn};
 use uuid::Uuid;
 
-use crate::broker::{Broker, ConsumerConfig, Delivery, Settlement, StoredMessage};
+use crate::broker::{Broker, BrokerError, ConsumerConfig, Delivery, Settlement, StoredMessage};
 use crate::db::{Db, DbError, Slot};
 use crate::dead_letter::{self, Burial, Reason};
 use crate::event::{Cause, Envelope, Event, EventId, Lane};
@@ -291,18 +291,23 @@ impl Worker {
         let config = self.consumer.broker_config(self.lane);
         let (name, stream) = (config.durable.as_str(), self.consumer.stream.as_str());
         let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(10));
-        while let Err(error) = self.broker.ensure_consumer(stream, &config).await {
-            let delay = backoff.next();
-            tracing::warn!(consumer = name, stream, %error, retry_in = ?delay, "the consumer cannot be made yet");
-            tokio::select! {
-                () = tokio::time::sleep(delay) => {}
-                () = self.stop.cancelled() => return,
-            }
-        }
-        backoff.reset();
+        let mut bound = false;
         let mut redrive = self.db.redrive_wake().subscribe();
         redrive.mark_changed();
         while !self.stop.is_cancelled() {
+            if !bound {
+                if let Err(error) = self.broker.ensure_consumer(stream, &config).await {
+                    let delay = backoff.next();
+                    tracing::warn!(consumer = name, stream, %error, retry_in = ?delay, "the consumer cannot be made yet");
+                    tokio::select! {
+                        () = tokio::time::sleep(delay) => {}
+                        () = self.stop.cancelled() => {}
+                    }
+                    continue;
+                }
+                bound = true;
+                backoff.reset();
+            }
             let fetched = tokio::select! {
                 biased;
                 () = self.stop.cancelled() => break,
@@ -320,6 +325,8 @@ impl Worker {
                     }
                 }
                 Err(error) => {
+                    // It was there, so somebody has deleted it, or the broker has lost it.
+                    bound = !matches!(error, BrokerError::NoConsumer { .. } | BrokerError::NoStream(_));
                     let delay = backoff.next();
                     tracing::warn!(consumer = name, stream, %error, retry_in = ?delay, "nothing can be fetched");
                     tokio::select! {

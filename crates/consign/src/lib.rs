@@ -67,6 +67,7 @@ mod inbox;
 pub mod layer;
 pub mod outbox;
 pub mod process;
+pub mod reconcile;
 pub mod retry;
 pub mod schema;
 pub mod service;

@@ -354,11 +354,12 @@ async fn publish(db: &Db, broker: &dyn Broker, rows: Vec<(i64, Message)>) -> Res
 async fn mark(db: &Db, published: &[(i64, PubAck)], now: Timestamp) -> Result<(), RelayError> {
     let mut tx = db.begin().await?;
     tx.query(
-        "INSERT INTO outbox_published (seq, stream, stream_seq, published_at)
-         SELECT seq, stream, stream_seq, $1 FROM {$2: seq, stream, stream_seq} WHERE true ON CONFLICT DO NOTHING",
+        "INSERT INTO outbox_published (seq, stream, incarnation, stream_seq, published_at)
+         SELECT seq, stream, incarnation, stream_seq, $1 FROM {$2: seq, stream, incarnation, stream_seq}
+         WHERE true ON CONFLICT DO NOTHING",
     )
     .bind(now)
-    .rows(published.iter().map(|(seq, ack)| (*seq, &*ack.stream, ack.sequence)))
+    .rows(published.iter().map(|(seq, ack)| (*seq, &*ack.stream, db.incarnation(&ack.stream), ack.sequence)))
     .execute()
     .await?;
     let gone = tx

@@ -25,6 +25,7 @@ use crate::config::ServiceConfig;
 use crate::consumer::ReadyConsumer;
 use crate::db::{Db, DbError};
 use crate::http::{Edge, guard, method_not_allowed, not_found, ops_router};
+use crate::reconcile::{self, Scope};
 use crate::retry::Backoff;
 use crate::tasks::{TaskHandler, TaskOptions};
 use crate::{Lane, advisories, dead_letter, outbox, tasks, telemetry};
@@ -49,6 +50,9 @@ pub enum StartError {
         /// Why.
         source: BrokerError,
     },
+    /// The database cannot be read.
+    #[error("database")]
+    Db(#[from] DbError),
     /// The address cannot be listened on.
     #[error(
         "{service} cannot listen on {address}; is something else running there? Set {service}.http.listen"
@@ -185,6 +189,14 @@ impl Service {
         self
     }
 
+    /// The streams it owns and the consumers it runs.
+    pub fn scope(&self) -> Scope {
+        let lanes = |c: &ReadyConsumer| {
+            [Lane::Express, Lane::Standard].map(|lane| (c.stream().to_owned(), c.broker_config(lane)))
+        };
+        Scope { streams: self.streams.clone(), consumers: self.consumers.iter().flat_map(lanes).collect() }
+    }
+
     /// Makes the streams it owns; done by [`Service::start`] too. Where several services start together, all streams first saves their
     /// consumers from waiting for one another.
     pub async fn provision(&self) -> Result<(), StartError> {
@@ -206,7 +218,15 @@ impl Service {
         })?;
         let address = listener.local_addr().unwrap_or(address);
         let stops = Stops::default();
+        let scope = self.scope();
+        let known = reconcile::known(&self.db, &scope).await?;
+        for stream in &scope.streams {
+            if let Ok(info) = self.broker.stream_info(&stream.name).await {
+                self.db.set_incarnation(&stream.name, &info.incarnation);
+            }
+        }
         let vitals = Arc::new(Vitals {
+            scope: scope.clone(),
             db: self.db.clone(),
             broker: Arc::clone(&self.broker),
             consumers: durables(&self.consumers),
@@ -218,6 +238,13 @@ impl Service {
         for worker in self.workers {
             work.spawn(worker(stops.work.clone()));
         }
+        work.spawn(reconcile::keep(
+            self.db.clone(),
+            Arc::clone(&self.broker),
+            scope,
+            known,
+            stops.work.clone(),
+        ));
         let given_up = durables(&self.consumers);
         work.spawn(advisories::listen(
             self.db.clone(),
@@ -385,7 +412,8 @@ impl Running {
 #[derive(Debug)]
 pub(crate) struct Vitals {
     pub(crate) db: Db,
-    broker: Arc<dyn Broker>,
+    pub(crate) broker: Arc<dyn Broker>,
+    pub(crate) scope: Scope,
     consumers: Vec<(String, String)>,
     outbox_cap: u64,
     stopping: AtomicBool,

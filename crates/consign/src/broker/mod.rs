@@ -187,6 +187,8 @@ pub enum Settlement {
 /// The broker's view of a stream.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct StreamInfo {
+    /// Another one if the stream was deleted and made anew, when its sequences begin again.
+    pub incarnation: String,
     /// How many messages are stored.
     pub messages: u64,
     /// Their size in bytes.
@@ -281,6 +283,13 @@ pub trait Broker: Send + Sync + 'static {
     async fn ensure_stream(&self, config: &StreamConfig) -> Result<(), BrokerError>;
     /// Makes the consumer, or changes it; its position stays.
     async fn ensure_consumer(&self, stream: &str, config: &ConsumerConfig) -> Result<(), BrokerError>;
+    /// Makes the consumer anew, so that it is given everything from `sequence` on once more: where its stream has lost what it had passed.
+    async fn rewind_consumer(
+        &self,
+        stream: &str,
+        config: &ConsumerConfig,
+        sequence: u64,
+    ) -> Result<(), BrokerError>;
     /// Publishes all in this order, pipelined; the answers are in the same order.
     async fn publish(&self, messages: Vec<Message>) -> Vec<Result<PubAck, PublishError>>;
     /// Up to `max` messages as soon as there is at least one; none if there is none within `wait`.

@@ -110,6 +110,8 @@ struct Inner {
     /// Committed and not yet seen by the relay, so that it need not read back what was just written.
     fresh: std::sync::Mutex<Fresh>,
     redrive_wake: watch::Sender<()>,
+    /// Of the streams published to, as far as they are known.
+    incarnations: std::sync::Mutex<HashMap<String, String>>,
     outbox_depth: AtomicI64,
     commits: AtomicU64,
     statements: AtomicU64,
@@ -204,6 +206,7 @@ impl Db {
             tasks_announced: std::sync::Mutex::default(),
             fresh: std::sync::Mutex::default(),
             redrive_wake: watch::Sender::new(()),
+            incarnations: std::sync::Mutex::default(),
             outbox_depth: AtomicI64::new(depth),
             commits: AtomicU64::new(0),
             statements: AtomicU64::new(0),
@@ -373,6 +376,22 @@ impl Db {
     /// The earliest due time of this kind scheduled since it was last asked for.
     pub(crate) fn take_announced(&self, kind: &'static str) -> Option<Timestamp> {
         self.0.tasks_announced.lock().unwrap_or_else(PoisonError::into_inner).remove(kind)
+    }
+
+    /// Which incarnation of a stream is published to now; empty if that is not known.
+    pub(crate) fn incarnation(&self, stream: &str) -> String {
+        self.0
+            .incarnations
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get(stream)
+            .cloned()
+            .unwrap_or_default()
+    }
+
+    pub(crate) fn set_incarnation(&self, stream: &str, incarnation: &str) {
+        let mut incarnations = self.0.incarnations.lock().unwrap_or_else(PoisonError::into_inner);
+        incarnations.insert(stream.to_owned(), incarnation.to_owned());
     }
 
     pub(crate) fn relay_wake(&self) -> &Notify {

@@ -14,6 +14,7 @@ use uuid::Uuid;
 
 use super::{Admin, Body, Id, Params, Problem};
 use crate::dead_letter::{self, DeadLetter, Filter, Reason, Status};
+use crate::reconcile::{self, Report};
 use crate::service::Vitals;
 use crate::{Timestamp, telemetry};
 
@@ -50,6 +51,13 @@ pub(crate) fn router(vitals: Arc<Vitals>) -> ApiRouter {
         .api_route(
             "/admin/dead-letters/discard",
             post_with(discard, |o| o.summary("Give dead letters up").tag("operations")),
+        )
+        .api_route(
+            "/admin/reconcile",
+            post_with(reconcile_now, |o| {
+                o.summary("Compare the outbox's history with the streams, and publish what they lack")
+                    .tag("operations")
+            }),
         )
         .with_state(vitals)
 }
@@ -184,4 +192,9 @@ async fn discard(
     checked(&c)?;
     let ids = dead_letter::discard(&vitals.db, &c.filter, c.dry_run).await?;
     Ok(Json(Changed { ids, dry_run: c.dry_run }))
+}
+
+async fn reconcile_now(_: Admin, State(vitals): State<Arc<Vitals>>) -> Result<Json<Report>, Problem> {
+    let done = reconcile::reconcile(&vitals.db, vitals.broker.as_ref(), &vitals.scope).await;
+    done.map(Json).map_err(|e| Problem::unavailable(format!("{}; run it again", telemetry::chain(&e)), 2))
 }

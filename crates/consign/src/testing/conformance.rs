@@ -89,6 +89,7 @@ fn tests(subject: &impl Subject) -> Vec<Test<'_>> {
         ("a fetch waits for the next message", Box::pin(fetch_waits(subject))),
         ("configuration that cannot be is refused", Box::pin(bad_configuration(subject))),
         ("a consumer that is changed keeps its place", Box::pin(consumer_changes(subject))),
+        ("a consumer can be rewound", Box::pin(rewind(subject))),
         ("what is acknowledged survives a restart", Box::pin(restart(subject))),
     ]
 }
@@ -402,6 +403,7 @@ async fn info<T: Subject>(subject: &T) {
     let broker = with_consumer(subject, subject.consumer()).await;
     let empty = broker.stream_info("S").await.expect("info");
     assert_eq!((empty.messages, empty.first_sequence, empty.last_sequence), (0, 1, 0));
+    assert!(!empty.incarnation.is_empty());
     publish(&broker, &[("s.a", "1"), ("s.a", "2"), ("s.a", "3"), ("s.a", "4")]).await;
     assert_eq!(broker.consumer_info("S", "c").await.expect("info").pending, 4);
     let got = fetch(subject, &broker, 3).await;
@@ -472,6 +474,23 @@ async fn consumer_changes(subject: &impl Subject) {
     broker.ensure_consumer("S", &wider).await.expect("a change");
     assert_eq!(broker.consumer_info("S", "c").await.expect("info").pending, 2);
     assert_eq!(ids(&fetch(subject, &broker, 2).await), ["2", "3"]);
+}
+
+async fn rewind(subject: &impl Subject) {
+    let broker = with_consumer(subject, subject.consumer()).await;
+    publish(&broker, &[("s.a", "1"), ("s.a", "2"), ("s.a", "3")]).await;
+    let got = fetch(subject, &broker, 3).await;
+    settle(&broker, &got, &Settlement::Ack).await;
+    nothing(subject, &broker).await;
+    broker.rewind_consumer("S", &subject.consumer(), 2).await.expect("rewound");
+    let again = fetch(subject, &broker, 2).await;
+    assert_eq!(ids(&again), ["2", "3"]);
+    settle(&broker, &again, &Settlement::Ack).await;
+    nothing(subject, &broker).await;
+    // One that is not there is made.
+    let other = ConsumerConfig { durable: "d".into(), ..subject.consumer() };
+    broker.rewind_consumer("S", &other, 1).await.expect("made");
+    assert_eq!(broker.consumer_info("S", "d").await.expect("info").pending, 3);
 }
 
 async fn restart<T: Subject>(subject: &T) {

@@ -282,8 +282,8 @@ impl Engine {
                 let made = self.ensure_stream(config);
                 later(answers, reply, made);
             }
-            Command::EnsureConsumer { stream, config, reply } => {
-                let made = self.ensure_consumer(&stream, config).await;
+            Command::EnsureConsumer { stream, config, rewind, reply } => {
+                let made = self.ensure_consumer(&stream, config, rewind).await;
                 later(answers, reply, made);
             }
             Command::Get { stream, sequence, reply } => {
@@ -292,6 +292,7 @@ impl Engine {
             }
             Command::StreamInfo { stream, reply } => {
                 let info = self.stream(&stream).map(|s| StreamInfo {
+                    incarnation: s.id.to_string(),
                     messages: s.count,
                     bytes: s.bytes,
                     first_sequence: s.first,
@@ -330,7 +331,9 @@ impl Engine {
                 }
             }
         }
-        let id = self.streams.values().map(|s| s.id).max().unwrap_or(0) + 1;
+        // Never given out twice, not even by another file that takes this one's place: the id is the stream's incarnation.
+        let above = self.streams.values().map(|s| s.id).max().unwrap_or(0) + 1;
+        let id = above.max(self.clock.now().as_millis());
         let s = self.streams.entry(config.name.clone()).or_insert_with(|| Stream::new(id, config.clone()));
         let per_subject = |c: &StreamConfig| c.max_messages_per_subject.is_some();
         if per_subject(&s.config) != per_subject(&config) && s.count > 0 {
@@ -344,7 +347,12 @@ impl Engine {
         Ok(())
     }
 
-    async fn ensure_consumer(&mut self, stream: &str, config: ConsumerConfig) -> Result<(), BrokerError> {
+    async fn ensure_consumer(
+        &mut self,
+        stream: &str,
+        config: ConsumerConfig,
+        rewind: Option<u64>,
+    ) -> Result<(), BrokerError> {
         if config.durable.is_empty() || config.max_ack_pending == 0 {
             return Err(BrokerError::Config(
                 "a consumer needs a name and room for one unsettled message".into(),
@@ -369,6 +377,7 @@ impl Engine {
         let s = self.stream(stream)?;
         let (id, first, last) = (s.id, s.first, s.last);
         let next = match (s.consumers.get(&config.durable), config.deliver) {
+            _ if let Some(from) = rewind => from.clamp(first, last + 1),
             (Some(existing), _) => existing.next,
             (None, DeliverPolicy::All) => first,
             (None, DeliverPolicy::New) => last + 1,
@@ -390,7 +399,9 @@ impl Engine {
             }
         }
         // Nothing above has touched the consumer that is there, for any of it may fail.
-        if let Some(existing) = self.stream(stream)?.consumers.remove(&config.durable) {
+        if let Some(existing) = self.stream(stream)?.consumers.remove(&config.durable)
+            && rewind.is_none()
+        {
             c = Consumer { config: config.clone(), pending: c.pending, ..existing };
         }
         self.journal.consumer(id, &config, c.floor());

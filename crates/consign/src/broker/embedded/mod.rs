@@ -35,15 +35,51 @@ const HOUSEKEEPING: Duration = Duration::from_secs(1);
 type Reply<T> = oneshot::Sender<Result<T, BrokerError>>;
 
 enum Command {
-    Publish { messages: Vec<Message>, reply: oneshot::Sender<Vec<Result<PubAck, PublishError>>> },
-    Fetch { stream: String, durable: String, max: usize, until: Instant, reply: Reply<Vec<Delivery>> },
-    Settle { stream: String, durable: String, settlements: Vec<(String, Settlement)>, reply: Reply<()> },
-    EnsureStream { config: StreamConfig, reply: Reply<()> },
-    EnsureConsumer { stream: String, config: ConsumerConfig, reply: Reply<()> },
-    Get { stream: String, sequence: u64, reply: Reply<Option<Arc<StoredMessage>>> },
-    StreamInfo { stream: String, reply: Reply<StreamInfo> },
-    ConsumerInfo { stream: String, durable: String, reply: Reply<ConsumerInfo> },
-    Close { reply: oneshot::Sender<()> },
+    Publish {
+        messages: Vec<Message>,
+        reply: oneshot::Sender<Vec<Result<PubAck, PublishError>>>,
+    },
+    Fetch {
+        stream: String,
+        durable: String,
+        max: usize,
+        until: Instant,
+        reply: Reply<Vec<Delivery>>,
+    },
+    Settle {
+        stream: String,
+        durable: String,
+        settlements: Vec<(String, Settlement)>,
+        reply: Reply<()>,
+    },
+    EnsureStream {
+        config: StreamConfig,
+        reply: Reply<()>,
+    },
+    /// With a sequence, the consumer begins there, whatever it was at.
+    EnsureConsumer {
+        stream: String,
+        config: ConsumerConfig,
+        rewind: Option<u64>,
+        reply: Reply<()>,
+    },
+    Get {
+        stream: String,
+        sequence: u64,
+        reply: Reply<Option<Arc<StoredMessage>>>,
+    },
+    StreamInfo {
+        stream: String,
+        reply: Reply<StreamInfo>,
+    },
+    ConsumerInfo {
+        stream: String,
+        durable: String,
+        reply: Reply<ConsumerInfo>,
+    },
+    Close {
+        reply: oneshot::Sender<()>,
+    },
 }
 
 /// The embedded broker's handle.
@@ -167,7 +203,17 @@ impl Broker for EmbeddedBroker {
 
     async fn ensure_consumer(&self, stream: &str, config: &ConsumerConfig) -> Result<(), BrokerError> {
         let (stream, config) = (stream.to_owned(), config.clone());
-        self.ask(|reply| Command::EnsureConsumer { stream, config, reply }).await
+        self.ask(|reply| Command::EnsureConsumer { stream, config, rewind: None, reply }).await
+    }
+
+    async fn rewind_consumer(
+        &self,
+        stream: &str,
+        config: &ConsumerConfig,
+        sequence: u64,
+    ) -> Result<(), BrokerError> {
+        let (stream, config) = (stream.to_owned(), config.clone());
+        self.ask(|reply| Command::EnsureConsumer { stream, config, rewind: Some(sequence), reply }).await
     }
 
     async fn publish(&self, messages: Vec<Message>) -> Vec<Result<PubAck, PublishError>> {

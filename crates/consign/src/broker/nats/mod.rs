@@ -228,6 +228,15 @@ impl Broker for NatsBroker {
         }
     }
 
+    async fn rewind_consumer(
+        &self,
+        stream: &str,
+        config: &ConsumerConfig,
+        sequence: u64,
+    ) -> Result<(), BrokerError> {
+        self.rewind(stream, config, sequence).await
+    }
+
     async fn publish(&self, messages: Vec<Message>) -> Vec<Result<PubAck, PublishError>> {
         let mut answers = Vec::with_capacity(messages.len());
         let mut in_flight = VecDeque::with_capacity(WINDOW);
@@ -319,6 +328,7 @@ impl Broker for NatsBroker {
         let info = self.stream(stream).await?;
         let state = info.state;
         Ok(StreamInfo {
+            incarnation: info.created.unix_timestamp_nanos().to_string(),
             messages: state.messages,
             bytes: state.bytes,
             // An empty new stream says 0.

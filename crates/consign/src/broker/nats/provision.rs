@@ -216,6 +216,23 @@ impl NatsBroker {
         Ok(drift)
     }
 
+    /// Deletes the consumer, if it is there, and makes it anew from `sequence` on.
+    pub(super) async fn rewind(
+        &self,
+        stream: &str,
+        config: &ConsumerConfig,
+        sequence: u64,
+    ) -> Result<(), BrokerError> {
+        let durable = &config.durable;
+        let deleted: Result<Value, _> = self.api(&format!("CONSUMER.DELETE.{stream}.{durable}"), None).await;
+        match deleted.map_err(|e| e.of(stream, durable)) {
+            Ok(_) | Err(BrokerError::NoConsumer { .. }) => {}
+            Err(e) => return Err(e),
+        }
+        let from = ConsumerConfig { deliver: DeliverPolicy::FromSequence(sequence.max(1)), ..config.clone() };
+        self.apply_consumer(stream, &from).await.map(drop)
+    }
+
     /// Finds the consumer, and says if it is not as declared.
     pub(super) async fn bind_consumer(
         &self,
