@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use consign::broker::nats::NatsConfig;
 use consign::config::{ConfigError, Layers};
 use consign::telemetry::LogConfig;
 use serde::{Deserialize, Serialize};
@@ -16,6 +17,8 @@ pub struct Config {
     pub demo: bool,
     /// What is logged, and where to.
     pub log: LogConfig,
+    /// Where NATS is, for `consign streams`; `consign up` has a broker of its own.
+    pub nats: NatsConfig,
     /// The order service.
     pub order: order::Config,
     /// The inventory service.
@@ -30,6 +33,7 @@ impl Default for Config {
             data_dir: "consign-data".into(),
             demo: true,
             log: LogConfig::default(),
+            nats: NatsConfig::default(),
             order: order::Config::default(),
             inventory: inventory::Config::default(),
             payment: payment::Config::default(),

@@ -6,7 +6,9 @@ mod dead_letters;
 mod load;
 mod orders;
 mod output;
+mod reconcile;
 mod snapshot;
+mod streams;
 pub mod up;
 mod verify;
 
@@ -73,6 +75,11 @@ enum Command {
     /// List, show, redrive and discard dead letters.
     #[command(subcommand)]
     DeadLetters(dead_letters::Command),
+    /// Compare each service's outbox with the streams, and publish what they lack.
+    Reconcile,
+    /// Make streams and consumers on a NATS cluster as the services declare them, or say what differs.
+    #[command(subcommand)]
+    Streams(streams::Command),
     /// Check that every order, cent and piece is accounted for.
     Verify(verify::Options),
     /// Check or show the configuration.
@@ -146,6 +153,16 @@ async fn dispatch(cli: Cli) -> Result<ExitCode, Exit> {
         Command::DeadLetters(command) => {
             let services = [("order", order), ("inventory", inventory), ("payment", payment)];
             dead_letters::run(command, &services, global.format).await.map_err(no)?;
+        }
+        Command::Reconcile => {
+            let services = [("order", order), ("inventory", inventory), ("payment", payment)];
+            reconcile::run(&services, global.format).await.map_err(no)?;
+        }
+        Command::Streams(command) => {
+            let settled = streams::run(command, &config, global.format).await.map_err(cannot)?;
+            if !settled {
+                return Ok(ExitCode::from(1));
+            }
         }
         Command::Verify(options) => {
             let clean = verify::run(options, &config.data_dir, global.format).await.map_err(cannot)?;

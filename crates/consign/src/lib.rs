@@ -82,5 +82,5 @@ pub use db::{Db, DbError, Migration, Tx};
 pub use event::{CorrelationId, Event, EventId, Lane};
 pub use handler::{Batch, Failure, Meta, Received};
 pub use outbox::Emission;
-pub use service::Service;
+pub use service::{Service, Topology};
 pub use time::{Clock, Timestamp};

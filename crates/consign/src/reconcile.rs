@@ -71,8 +71,10 @@ pub enum ReconcileError {
 /// What a service compares: the streams it owns, and the consumers it runs, each with its stream.
 #[derive(Clone, Debug)]
 pub struct Scope {
-    pub(crate) streams: Vec<StreamConfig>,
-    pub(crate) consumers: Vec<(String, ConsumerConfig)>,
+    /// Its streams.
+    pub streams: Vec<StreamConfig>,
+    /// Its consumers, each with its stream.
+    pub consumers: Vec<(String, ConsumerConfig)>,
 }
 
 /// An event that was published, and where to.
@@ -231,7 +233,7 @@ async fn record(db: &Db, incarnation: &str, places: &[(i64, u64)]) -> Result<(),
 }
 
 /// A durable that has passed more than its stream holds would pass over what comes next. `true` if it was one.
-async fn rewind_if_ahead(
+pub async fn rewind_if_ahead(
     broker: &dyn Broker,
     stream: &str,
     consumer: &ConsumerConfig,

@@ -20,7 +20,7 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::broker::{Broker, BrokerError, StreamConfig};
+use crate::broker::{Broker, BrokerError, ConsumerConfig, StreamConfig};
 use crate::config::ServiceConfig;
 use crate::consumer::ReadyConsumer;
 use crate::db::{Db, DbError};
@@ -86,13 +86,69 @@ impl Prune {
     }
 }
 
+/// What a service asks of its broker: the streams it owns, and the consumers it runs.
+pub struct Topology {
+    service: String,
+    streams: Vec<StreamConfig>,
+    consumers: Vec<ReadyConsumer>,
+}
+
+impl Topology {
+    /// Of a service of this name: its dead letters, and the advisories of all services.
+    pub fn new(service: &str) -> Self {
+        let dead_letters = StreamConfig {
+            max_age: None,
+            ..StreamConfig::new(
+                &format!("DEAD_LETTERS_{}", service.to_uppercase()),
+                &[&format!("dead_letters.{service}.>")],
+            )
+        };
+        let streams = vec![dead_letters, advisories::stream()];
+        Self { service: service.to_owned(), streams, consumers: Vec::new() }
+    }
+
+    /// Owns a stream.
+    #[must_use]
+    pub fn stream(mut self, config: StreamConfig) -> Self {
+        self.streams.push(config);
+        self
+    }
+
+    /// Runs a consumer.
+    #[must_use]
+    pub fn consumer(mut self, consumer: ReadyConsumer) -> Self {
+        self.consumers.push(consumer);
+        self
+    }
+
+    /// All of it as the broker is to be told.
+    pub fn scope(&self) -> Scope {
+        let lanes = |c: &ReadyConsumer| {
+            [Lane::Express, Lane::Standard].map(|lane| (c.stream().to_owned(), c.broker_config(lane)))
+        };
+        let mut consumers: Vec<(String, ConsumerConfig)> = self.consumers.iter().flat_map(lanes).collect();
+        if !consumers.is_empty() {
+            let given_up = advisories::consumer(&self.service, &self.durables());
+            consumers.push((advisories::STREAM.to_owned(), given_up));
+        }
+        Scope { streams: self.streams.clone(), consumers }
+    }
+
+    /// Stream and durable of both lanes of each consumer.
+    fn durables(&self) -> Vec<(String, String)> {
+        let lanes = |c: &ReadyConsumer| {
+            [Lane::Express, Lane::Standard].map(|l| (c.stream().to_owned(), c.durable(l)))
+        };
+        self.consumers.iter().flat_map(lanes).collect()
+    }
+}
+
 /// Everything a service is, before it runs.
 pub struct Service {
     config: ServiceConfig,
     db: Db,
     broker: Arc<dyn Broker>,
-    streams: Vec<StreamConfig>,
-    consumers: Vec<ReadyConsumer>,
+    topology: Topology,
     workers: Vec<Worker>,
     prunes: Vec<Prune>,
     routers: Vec<MakeRouter>,
@@ -102,14 +158,7 @@ pub struct Service {
 impl Service {
     /// A service on its database and a broker; its name is the database's.
     pub fn new(config: ServiceConfig, db: Db, broker: Arc<dyn Broker>, description: &'static str) -> Self {
-        let name = db.service().to_owned();
-        let dead_letters = StreamConfig {
-            max_age: None,
-            ..StreamConfig::new(
-                &format!("DEAD_LETTERS_{}", name.to_uppercase()),
-                &[&format!("dead_letters.{name}.>")],
-            )
-        };
+        let topology = Topology::new(db.service());
         let prunes = vec![
             Prune {
                 // Each step must find the next rows, not those the step before has dealt with: hence the join, and what has no event any more.
@@ -139,31 +188,25 @@ impl Service {
                 config.http.idempotency_retention,
             ),
         ];
-        Self {
-            config,
-            db,
-            broker,
-            streams: vec![dead_letters, advisories::stream()],
-            consumers: Vec::new(),
-            workers: Vec::new(),
-            prunes,
-            routers: Vec::new(),
-            description,
-        }
+        Self { config, db, broker, topology, workers: Vec::new(), prunes, routers: Vec::new(), description }
     }
 
     /// Owns a stream: made at start if it is not there.
     #[must_use]
-    pub fn stream(mut self, config: StreamConfig) -> Self {
-        self.streams.push(config);
-        self
+    pub fn stream(self, config: StreamConfig) -> Self {
+        Self { topology: self.topology.stream(config), ..self }
     }
 
     /// Runs a consumer.
     #[must_use]
-    pub fn consumer(mut self, consumer: ReadyConsumer) -> Self {
-        self.consumers.push(consumer);
-        self
+    pub fn consumer(self, consumer: ReadyConsumer) -> Self {
+        Self { topology: self.topology.consumer(consumer), ..self }
+    }
+
+    /// Owns streams and runs consumers that were put together elsewhere.
+    #[must_use]
+    pub fn topology(self, topology: Topology) -> Self {
+        Self { topology, ..self }
     }
 
     /// Works off tasks of one kind.
@@ -189,18 +232,10 @@ impl Service {
         self
     }
 
-    /// The streams it owns and the consumers it runs.
-    pub fn scope(&self) -> Scope {
-        let lanes = |c: &ReadyConsumer| {
-            [Lane::Express, Lane::Standard].map(|lane| (c.stream().to_owned(), c.broker_config(lane)))
-        };
-        Scope { streams: self.streams.clone(), consumers: self.consumers.iter().flat_map(lanes).collect() }
-    }
-
     /// Makes the streams it owns; done by [`Service::start`] too. Where several services start together, all streams first saves their
     /// consumers from waiting for one another.
     pub async fn provision(&self) -> Result<(), StartError> {
-        for config in &self.streams {
+        for config in &self.topology.streams {
             ensure_stream(self.broker.as_ref(), config).await?;
         }
         Ok(())
@@ -218,7 +253,7 @@ impl Service {
         })?;
         let address = listener.local_addr().unwrap_or(address);
         let stops = Stops::default();
-        let scope = self.scope();
+        let scope = self.topology.scope();
         let known = reconcile::known(&self.db, &scope).await?;
         for stream in &scope.streams {
             if let Ok(info) = self.broker.stream_info(&stream.name).await {
@@ -229,7 +264,7 @@ impl Service {
             scope: scope.clone(),
             db: self.db.clone(),
             broker: Arc::clone(&self.broker),
-            consumers: durables(&self.consumers),
+            consumers: self.topology.durables(),
             outbox_cap: self.config.outbox.max_pending,
             stopping: AtomicBool::new(false),
         });
@@ -245,14 +280,14 @@ impl Service {
             known,
             stops.work.clone(),
         ));
-        let given_up = durables(&self.consumers);
+        let given_up = self.topology.durables();
         work.spawn(advisories::listen(
             self.db.clone(),
             Arc::clone(&self.broker),
             given_up,
             stops.work.clone(),
         ));
-        for consumer in self.consumers {
+        for consumer in self.topology.consumers {
             work.spawn(consumer.run(self.db.clone(), Arc::clone(&self.broker), stops.work.clone()));
         }
         work.spawn(housekeeping(Arc::clone(&vitals), self.prunes, stops.work.clone()));
@@ -276,13 +311,6 @@ impl Service {
         }
         Ok(Running { name, address, stops, vitals, work, relay, http, db: self.db })
     }
-}
-
-/// Stream and durable of both lanes of each consumer.
-fn durables(consumers: &[ReadyConsumer]) -> Vec<(String, String)> {
-    let lanes =
-        |c: &ReadyConsumer| [Lane::Express, Lane::Standard].map(|l| (c.stream().to_owned(), c.durable(l)));
-    consumers.iter().flat_map(lanes).collect()
 }
 
 async fn ensure_stream(broker: &dyn Broker, config: &StreamConfig) -> Result<(), StartError> {

@@ -14,7 +14,7 @@ use consign::broker::{Broker, STREAM_AGE, StreamConfig};
 use consign::config::ServiceConfig;
 use consign::db::Storage;
 use consign::http::HttpConfig;
-use consign::{Clock, Db, DbError, Migration, Service};
+use consign::{Clock, Db, DbError, Migration, Service, Topology};
 use contracts::streams;
 use serde::{Deserialize, Serialize};
 
@@ -52,17 +52,22 @@ pub async fn open(storage: impl Into<Storage>, clock: Clock) -> Result<Db, DbErr
     Db::open(storage, NAME, MIGRATIONS, clock).await
 }
 
+/// The streams it owns and the consumer it runs.
+pub fn topology(config: &Config) -> Topology {
+    Topology::new(NAME)
+        .stream(StreamConfig::new(streams::INVENTORY, &["inventory.>"]))
+        .stream(StreamConfig::new(streams::PRODUCTS, &["products.>"]).last_per_subject())
+        .consumer(events::orders(config.0.consumer).with_state(()))
+}
+
 /// The whole service, ready to start.
 pub fn service(config: &Config, db: Db, broker: Arc<dyn Broker>) -> Service {
-    let consumer = events::orders(config.0.consumer).with_state(());
     Service::new(
         config.0.clone(),
         db.clone(),
         broker,
         "Products, their stock, and what of it is promised to orders.",
     )
-    .stream(StreamConfig::new(streams::INVENTORY, &["inventory.>"]))
-    .stream(StreamConfig::new(streams::PRODUCTS, &["products.>"]).last_per_subject())
-    .consumer(consumer)
+    .topology(topology(config))
     .http(move || http::router(db))
 }

@@ -18,7 +18,7 @@ use consign::config::{OutboxConfig, ServiceConfig};
 use consign::db::Storage;
 use consign::http::HttpConfig;
 use consign::tasks::TaskOptions;
-use consign::{Clock, ConsumerOptions, Db, DbError, Migration, Service};
+use consign::{Clock, ConsumerOptions, Db, DbError, Migration, Service, Topology};
 use contracts::streams;
 use serde::{Deserialize, Serialize};
 
@@ -87,19 +87,25 @@ pub async fn open(storage: impl Into<Storage>, clock: Clock) -> Result<Db, DbErr
     Db::open(storage, NAME, MIGRATIONS, clock).await
 }
 
+/// The streams it owns and the consumers it runs.
+pub fn topology(config: &Config) -> Topology {
+    let options = config.consumer;
+    Topology::new(NAME)
+        .stream(StreamConfig::new(streams::ORDERS, &["orders.>"]))
+        .consumer(saga::inventory(options).with_state(()))
+        .consumer(saga::payments(options).with_state(()))
+        .consumer(saga::products(options).with_state(()))
+}
+
 /// The whole service, ready to start.
 pub fn service(config: &Config, db: Db, broker: Arc<dyn Broker>) -> Service {
-    let options = config.consumer;
     let state = http::AppState {
         db: db.clone(),
         acceptor: accept::acceptor(db.clone(), config.deadline),
         limit: http::Pending(config.outbox.max_pending),
     };
     Service::new(config.service(), db, broker, "Takes orders, and carries each to its end.")
-        .stream(StreamConfig::new(streams::ORDERS, &["orders.>"]))
-        .consumer(saga::inventory(options).with_state(()))
-        .consumer(saga::payments(options).with_state(()))
-        .consumer(saga::products(options).with_state(()))
+        .topology(topology(config))
         .tasks(deadline::Expire, config.tasks)
         .http(move || http::router(state))
 }

@@ -16,7 +16,7 @@ use consign::config::{OutboxConfig, ServiceConfig};
 use consign::db::Storage;
 use consign::http::HttpConfig;
 use consign::tasks::TaskOptions;
-use consign::{Clock, ConsumerOptions, Db, DbError, Migration, Service};
+use consign::{Clock, ConsumerOptions, Db, DbError, Migration, Service, Topology};
 use contracts::streams;
 use serde::{Deserialize, Serialize};
 
@@ -85,15 +85,21 @@ pub async fn open(storage: impl Into<Storage>, clock: Clock) -> Result<Db, DbErr
     Db::open(storage, NAME, MIGRATIONS, clock).await
 }
 
-/// The whole service, ready to start.
-pub fn service(config: &Config, db: Db, broker: Arc<dyn Broker>, gateway: SimulatedGateway) -> Service {
+/// The streams it owns and the consumers it runs.
+pub fn topology(config: &Config) -> Topology {
     let options = config.consumer;
-    let calls = Calls { clock: db.clock().clone(), gateway: Arc::new(gateway.clone()) };
-    let state = http::AppState { db: db.clone(), gateway };
-    Service::new(config.service(), db, broker, "Charges orders, exactly once or not at all.")
+    Topology::new(NAME)
         .stream(StreamConfig::new(streams::PAYMENTS, &["payments.>"]))
         .consumer(steps::inventory(options).with_state(()))
         .consumer(steps::orders(options).with_state(()))
+}
+
+/// The whole service, ready to start.
+pub fn service(config: &Config, db: Db, broker: Arc<dyn Broker>, gateway: SimulatedGateway) -> Service {
+    let calls = Calls { clock: db.clock().clone(), gateway: Arc::new(gateway.clone()) };
+    let state = http::AppState { db: db.clone(), gateway };
+    Service::new(config.service(), db, broker, "Charges orders, exactly once or not at all.")
+        .topology(topology(config))
         .tasks(calls.clone(), config.tasks)
         .tasks(Refunds(calls), config.tasks)
         .http(move || http::router(state))

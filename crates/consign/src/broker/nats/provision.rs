@@ -6,7 +6,7 @@ use async_nats::jetstream::consumer::{self, AckPolicy};
 use async_nats::jetstream::stream::{self, DiscardPolicy, RetentionPolicy, StorageType};
 use serde_json::{Value, json};
 
-use super::NatsBroker;
+use super::{NatsBroker, Provision};
 use crate::broker::subject::{covers, overlap};
 use crate::broker::{BrokerError, ConsumerConfig, DeliverPolicy, Discard, StreamConfig};
 
@@ -224,6 +224,11 @@ impl NatsBroker {
         sequence: u64,
     ) -> Result<(), BrokerError> {
         let durable = &config.durable;
+        if self.config.provision == Provision::Bind {
+            return Err(BrokerError::Config(format!(
+                "consumer {durable} of {stream} stands ahead of its stream, and this service may only bind; run `consign streams apply`"
+            )));
+        }
         let deleted: Result<Value, _> = self.api(&format!("CONSUMER.DELETE.{stream}.{durable}"), None).await;
         match deleted.map_err(|e| e.of(stream, durable)) {
             Ok(_) | Err(BrokerError::NoConsumer { .. }) => {}

@@ -19,6 +19,8 @@ use crate::broker::{BrokerError, Delivery};
 
 /// Subscribing and asking only put something into the client's queue; a full queue must not hold us up.
 const QUEUED: Duration = Duration::from_secs(2);
+/// Nothing more is on its way when nothing has come for this long.
+const QUIET: Duration = Duration::from_millis(100);
 /// A request whose end has not been told by so long after it is gone.
 const SLACK: Duration = Duration::from_secs(2);
 /// Waits that are at least this long are kept alive by heartbeats, so that a dead leader is noticed before their end.
@@ -109,23 +111,28 @@ impl Inboxes {
     pub(super) async fn close(&self, context: &jetstream::Context) {
         let idle = std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner));
         for mut inbox in idle.into_values().flatten() {
-            if inbox.subscriber.unsubscribe().await.is_err() {
+            // First what is on its way: a message that meets no subscription any more would come again only after AckWait.
+            inbox.give_back(context, QUIET).await;
+            if inbox.subscriber.drain().await.is_err() {
                 return;
             }
-            while let Some(Some(message)) = inbox.subscriber.next().now_or_never() {
-                if let (None, Some(reply)) = (message.status, message.reply) {
-                    // At once to somebody else: nothing has failed.
-                    let _ = context
-                        .client()
-                        .publish(reply, Bytes::from_static(b"-NAK {\"delay\":1000000}"))
-                        .await;
-                }
-            }
+            inbox.give_back(context, QUEUED).await;
         }
     }
 }
 
 impl Inbox {
+    /// Naks what arrives, until nothing does for `quiet` or the subscription ends. Nothing has failed, so it comes again soon, but not before
+    /// we are gone.
+    async fn give_back(&mut self, context: &jetstream::Context, quiet: Duration) {
+        while let Ok(Some(message)) = timeout(quiet, self.subscriber.next()).await {
+            if let (None, Some(reply)) = (message.status, message.reply) {
+                let nak = Bytes::from_static(b"-NAK {\"delay\":1000000000}");
+                let _ = timeout(QUEUED, context.client().publish(reply, nak)).await;
+            }
+        }
+    }
+
     async fn open(context: &jetstream::Context) -> Result<Self, BrokerError> {
         let client = context.client();
         let prefix = client.new_inbox();
