@@ -222,6 +222,16 @@ impl Fleet {
         assert_eq!(code, 0, "{out}{err}; logs in {}", self.logs.display());
     }
 
+    /// Sets how the simulated gateway behaves, in every replica.
+    pub async fn gateway(&self, failure_rate: f64) {
+        for url in self.urls("payment") {
+            let knobs = json!({"latency_ms": 5, "decline_rate": 0.0, "failure_rate": failure_rate});
+            let put =
+                self.http.put(format!("{url}/gateway")).bearer_auth(TOKEN).json(&knobs).send().await.unwrap();
+            assert!(put.status().is_success(), "{}", put.text().await.unwrap());
+        }
+    }
+
     /// Has each service compare its outbox with the streams; their reports.
     pub async fn reconcile(&self) -> Vec<Value> {
         let mut reports = Vec::new();

@@ -14,6 +14,10 @@ async fn pause(seconds: u64) {
     tokio::time::sleep(Duration::from_secs(seconds)).await;
 }
 
+/// Events in hand of a killed process come again after this; short, so that tests are.
+const ACK_WAIT: [(&str, &str); 2] =
+    [("CONSIGN_SERVICE__CONSUMER__ACK_WAIT", "6s"), ("CONSIGN_SERVICE__CONSUMER__HANDLER_TIMEOUT", "3s")];
+
 async fn fleet() -> Fleet {
     let nats = tokio::task::block_in_place(|| NatsServer::start(NATS));
     Fleet::start(vec![nats], 2, &[]).await
@@ -87,4 +91,124 @@ async fn the_brokers_whole_store_is_deleted() {
         }
         assert_eq!(report["rewound"].as_array().unwrap().len(), 0, "{report}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn kill_9_of_a_node_of_the_cluster() {
+    let nats = tokio::task::block_in_place(|| NatsServer::cluster(NATS));
+    let mut fleet = Fleet::start(nats, 2, &[("CONSIGN_NATS__REPLICAS", "3")]).await;
+    let load = fleet.load(20);
+    // Each in turn, so that the leader of every stream and consumer is among them.
+    for node in 0..3 {
+        pause(2).await;
+        tokio::task::block_in_place(|| fleet.nats[node].kill());
+        pause(4).await;
+        tokio::task::block_in_place(|| fleet.nats[node].start_again());
+        pause(4).await;
+    }
+    let ids = load.stop().await;
+    fleet.all_end(&ids, HEALED).await;
+    fleet.verify().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "cargo xtask test --full"]
+async fn a_process_that_is_stopped_for_longer_than_ack_wait() {
+    let nats = tokio::task::block_in_place(|| NatsServer::start(NATS));
+    let fleet = Fleet::start(vec![nats], 2, &ACK_WAIT).await;
+    let load = fleet.load(30);
+    for service in SERVICES {
+        pause(1).await;
+        fleet.signal(service, "-STOP").await;
+        pause(12).await;
+        fleet.signal(service, "-CONT").await;
+    }
+    let ids = load.stop().await;
+    fleet.all_end(&ids, HEALED).await;
+    fleet.verify().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "cargo xtask test --full"]
+async fn a_gateway_that_fails_every_call_for_20_s() {
+    let fleet = fleet().await;
+    let load = fleet.load(30);
+    pause(2).await;
+    fleet.gateway(1.0).await;
+    pause(20).await;
+    fleet.gateway(0.0).await;
+    pause(2).await;
+    let ids = load.stop().await;
+    fleet.all_end(&ids, HEALED).await;
+    fleet.verify().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "cargo xtask test --full"]
+async fn postgres_that_refuses_connections_for_20_s() {
+    let mut fleet = fleet().await;
+    let load = fleet.load(30);
+    pause(2).await;
+    tokio::task::block_in_place(|| fleet.postgres.stop());
+    pause(20).await;
+    tokio::task::block_in_place(|| fleet.postgres.start_again());
+    pause(2).await;
+    let ids = load.stop().await;
+    fleet.all_end(&ids, HEALED).await;
+    fleet.verify().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "cargo xtask test --full"]
+async fn kill_9_at_random() {
+    let nats = tokio::task::block_in_place(|| NatsServer::start(NATS));
+    let mut fleet = Fleet::start(vec![nats], 2, &ACK_WAIT).await;
+    let load = fleet.load(30);
+    for _ in 0..12 {
+        pause(rand::random_range(0..3)).await;
+        let service = SERVICES[rand::random_range(0..3)];
+        fleet.kill(service).await;
+        load.replicas(&fleet);
+        fleet.add(service).await;
+        load.replicas(&fleet);
+    }
+    let ids = load.stop().await;
+    fleet.all_end(&ids, HEALED).await;
+    fleet.verify().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rolling_restart_in_order() {
+    let mut fleet = fleet().await;
+    let load = fleet.load(30);
+    for service in SERVICES {
+        pause(1).await;
+        let took = fleet.terminate(service).await;
+        assert!(took < Duration::from_secs(20), "{service} took {took:?}");
+        load.replicas(&fleet);
+        fleet.add(service).await;
+        load.replicas(&fleet);
+    }
+    let ids = load.stop().await;
+    // What was in hand was finished or given back, so nothing waits for AckWait.
+    fleet.all_end(&ids, Duration::from_secs(20)).await;
+    fleet.verify().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "cargo xtask test --full"]
+async fn a_node_that_nobody_hears_of_for_longer_than_ack_wait() {
+    let nats = tokio::task::block_in_place(|| NatsServer::cluster(NATS));
+    let fleet = Fleet::start(nats, 2, &[("CONSIGN_NATS__REPLICAS", "3")]).await;
+    let load = fleet.load(20);
+    for node in 0..3 {
+        pause(2).await;
+        fleet.nats[node].freeze();
+        pause(35).await;
+        fleet.nats[node].thaw();
+        pause(5).await;
+    }
+    let ids = load.stop().await;
+    fleet.all_end(&ids, HEALED).await;
+    fleet.verify().await;
 }

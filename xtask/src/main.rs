@@ -24,6 +24,9 @@ enum Task {
         /// Install what tests need and is not there: nats-server under target/tools, PostgreSQL from the system's packages.
         #[arg(long)]
         install: bool,
+        /// All faults, also those that take minutes.
+        #[arg(long)]
+        full: bool,
     },
     /// The figures of bench/README.md, measured here and now.
     Bench {
@@ -45,9 +48,9 @@ fn main() -> ExitCode {
     let root = root.parent().map(Path::to_owned).unwrap_or(root);
     let started = Instant::now();
     let done = match Cli::parse().task {
-        Task::Test { install } => {
+        Task::Test { install, full } => {
             let installed = if install { install::all(&root) } else { Ok(()) };
-            installed.and_then(|()| test(&root))
+            installed.and_then(|()| test(&root, full))
         }
         Task::Bench { orders, stored } => bench(&root, orders, stored),
         Task::Schemas => cargo(
@@ -70,12 +73,18 @@ fn main() -> ExitCode {
     }
 }
 
-fn test(root: &Path) -> Result<(), String> {
+fn test(root: &Path, full: bool) -> Result<(), String> {
     cargo(root, &["fmt", "--all", "--check"])?;
     cargo(root, &["clippy", "--workspace", "--all-targets", "--", "--deny", "warnings"])?;
     // The black-box tests start these programs.
     cargo(root, &["build", "--workspace", "--bins"])?;
-    cargo(root, &["test", "--workspace", "--no-fail-fast"])
+    cargo(root, &["test", "--workspace", "--no-fail-fast", "--exclude", "consign-tests"])?;
+    // Real processes on real servers: one fault at a time, or two cores measure each other.
+    let mut whole = vec!["test", "--package", "consign-tests", "--no-fail-fast", "--", "--test-threads", "2"];
+    if full {
+        whole.push("--include-ignored");
+    }
+    cargo(root, &whole)
 }
 
 fn cargo(root: &Path, args: &[&str]) -> Result<(), String> {

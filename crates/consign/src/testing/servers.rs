@@ -86,6 +86,12 @@ impl NatsServer {
     /// # Panics
     /// As above.
     pub fn start_with(version: &str, configuration: &str) -> Self {
+        let mut server = Self::spawned(version, configuration);
+        server.wait();
+        server
+    }
+
+    fn spawned(version: &str, configuration: &str) -> Self {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let port = free_port();
         let file = dir.path().join("nats.conf");
@@ -98,9 +104,30 @@ impl NatsServer {
         let arguments = vec!["-c".to_owned(), file.display().to_string()];
         let program = nats_program(version);
         let child = spawn(&program, &arguments, dir.path());
-        let mut server = Self { program, arguments, dir, port, child };
-        server.wait();
-        server
+        Self { program, arguments, dir, port, child }
+    }
+
+    /// Three servers of one cluster, of which two make a quorum.
+    ///
+    /// # Panics
+    /// As above.
+    pub fn cluster(version: &str) -> Vec<Self> {
+        let routes: Vec<u16> = (0..3).map(|_| free_port()).collect();
+        let all: Vec<String> = routes.iter().map(|p| format!("\"nats://127.0.0.1:{p}\"")).collect();
+        let mut servers: Vec<Self> = routes
+            .iter()
+            .map(|route| {
+                let cluster = format!(
+                    "cluster {{ name: test, listen: \"127.0.0.1:{route}\", routes: [{}] }}",
+                    all.join(", ")
+                );
+                Self::spawned(version, &cluster)
+            })
+            .collect();
+        for server in &mut servers {
+            server.wait();
+        }
+        servers
     }
 
     fn wait(&mut self) {
@@ -130,6 +157,16 @@ impl NatsServer {
     /// A configuration that connects to it.
     pub fn config(&self) -> NatsConfig {
         NatsConfig { urls: vec![self.url()], connect_limit: Duration::from_secs(10), ..NatsConfig::default() }
+    }
+
+    /// Stops it where it is: nobody hears of it any more, and its connections stay open.
+    pub fn freeze(&self) {
+        signal(&self.child, "-STOP");
+    }
+
+    /// Lets it go on.
+    pub fn thaw(&self) {
+        signal(&self.child, "-CONT");
     }
 
     /// kill -9.
@@ -244,6 +281,11 @@ impl PostgresServer {
             assert!(started.elapsed() < START, "postgres did not start in {START:?}");
             std::thread::sleep(Duration::from_millis(20));
         }
+    }
+
+    /// One of PostgreSQL's programs.
+    pub fn program(&self, name: &str) -> PathBuf {
+        self.programs.join(name)
     }
 
     /// The URL of a database, as its owner `user`; no password is asked for.
