@@ -12,9 +12,12 @@
     reason = "figures"
 )]
 
+mod backlog;
+mod cpu;
 mod floor;
 mod library;
 mod saga;
+mod statements;
 
 use comfy_table::Table;
 use consign::testing::servers::{NATS, NatsServer, PostgresServer};
@@ -71,6 +74,11 @@ async fn main() {
         let (nats, postgres) = servers();
         figures.extend(library::run(&nats, &postgres).await);
     }
+    // Ten million rows take minutes and gigabytes, so they are asked for by name.
+    if only.as_deref() == Some("backlog") {
+        let (nats, postgres) = servers();
+        figures.extend(backlog::run(&nats, &postgres).await);
+    }
     if wanted("saga") {
         let (nats, postgres) = servers();
         figures.extend(saga::run(&nats, &postgres).await);
@@ -84,7 +92,9 @@ async fn main() {
 }
 
 fn servers() -> (NatsServer, PostgresServer) {
-    tokio::task::block_in_place(|| (NatsServer::start(NATS), PostgresServer::start()))
+    tokio::task::block_in_place(|| {
+        (NatsServer::start(NATS), PostgresServer::start_with(statements::SETTINGS))
+    })
 }
 
 /// The value below which this share of the sorted values lies.

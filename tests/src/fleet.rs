@@ -39,6 +39,16 @@ impl Fleet {
     /// `replicas` of each, on these NATS servers; with 1000 of each of ten products in stock.
     pub async fn start(nats: Vec<NatsServer>, replicas: usize, settings: &[(&str, &str)]) -> Self {
         let postgres = tokio::task::block_in_place(PostgresServer::start);
+        Self::start_on(nats, postgres, replicas, settings).await
+    }
+
+    /// The same, on this PostgreSQL server.
+    pub async fn start_on(
+        nats: Vec<NatsServer>,
+        postgres: PostgresServer,
+        replicas: usize,
+        settings: &[(&str, &str)],
+    ) -> Self {
         let databases = SERVICES.iter().map(|s| (*s, postgres.database(s))).collect();
         let logs = std::env::temp_dir().join(format!("consign-fleet-{}", std::process::id()));
         std::fs::create_dir_all(&logs).unwrap();
@@ -166,6 +176,38 @@ impl Fleet {
             })
         };
         Load { stop, orders, run }
+    }
+
+    /// Places `count` orders on a lane, each accepted: all at once, or one every so often. Their ids.
+    pub async fn place_many(
+        &self,
+        first: usize,
+        count: usize,
+        lane: &'static str,
+        every: Duration,
+    ) -> Vec<String> {
+        let orders = Arc::new(Mutex::new(self.urls("order")));
+        let mut placing = JoinSet::new();
+        let mut ids = Vec::new();
+        for n in first..first + count {
+            let (http, orders) = (self.http.clone(), Arc::clone(&orders));
+            placing.spawn(async move { place_surely(&http, &orders, n, lane).await });
+            if every.is_zero() {
+                if placing.len() >= 128 {
+                    ids.extend(placing.join_next().await.map(Result::unwrap));
+                }
+            } else {
+                tokio::time::sleep(every).await;
+            }
+        }
+        ids.extend(placing.join_all().await);
+        ids
+    }
+
+    /// What the order service tells of an order.
+    pub async fn order(&self, id: &str) -> Value {
+        let url = format!("{}/orders/{id}", self.urls("order")[0]);
+        self.http.get(url).send().await.unwrap().json().await.unwrap()
     }
 
     /// Waits until every one of these orders has ended.

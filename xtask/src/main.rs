@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::time::Instant;
 
-use clap::{Parser, Subcommand};
+use clap::{Parser, Subcommand, ValueEnum};
 
 /// Chores of this repository.
 #[derive(Debug, Parser)]
@@ -28,12 +28,15 @@ enum Task {
         #[arg(long)]
         full: bool,
     },
-    /// The figures of bench/README.md, measured here and now.
+    /// The figures of bench/README.md, measured here and now, on servers of its own.
     Bench {
-        /// Orders per run.
+        /// Everything, if not said; `backlog` is only run by name.
+        #[arg(value_enum)]
+        what: Option<Bench>,
+        /// Orders per run of `embedded`.
         #[arg(long, default_value_t = 20_000)]
         orders: u64,
-        /// Stored orders before the last run.
+        /// Stored orders before the last run of `embedded`.
         #[arg(long, default_value_t = 0)]
         stored: u64,
     },
@@ -41,6 +44,18 @@ enum Task {
     Schemas,
     /// Format, and look for lints.
     Tidy,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Bench {
+    /// Relay and consumers beside bare async-nats.
+    Library,
+    /// The services on NATS and PostgreSQL beside bare async-nats and pgbench.
+    Saga,
+    /// The relay with ten million rows pending.
+    Backlog,
+    /// `consign up`: everything in one process.
+    Embedded,
 }
 
 fn main() -> ExitCode {
@@ -52,7 +67,17 @@ fn main() -> ExitCode {
             let installed = if install { install::all(&root) } else { Ok(()) };
             installed.and_then(|()| test(&root, full))
         }
-        Task::Bench { orders, stored } => bench(&root, orders, stored),
+        Task::Bench { what, orders, stored } => {
+            let servers = match what {
+                Some(Bench::Embedded) => Ok(()),
+                Some(Bench::Library) => bench(&root, &["library"]),
+                Some(Bench::Saga) => bench(&root, &["saga"]),
+                Some(Bench::Backlog) => bench(&root, &["backlog"]),
+                None => bench(&root, &[]),
+            };
+            let embedded = matches!(what, None | Some(Bench::Embedded));
+            servers.and_then(|()| if embedded { bench_embedded(&root, orders, stored) } else { Ok(()) })
+        }
         Task::Schemas => cargo(
             &root,
             &["run", "--quiet", "--package", "consign-contracts", "--example", "schemas", "schemas"],
@@ -97,8 +122,18 @@ fn run(command: &mut Command) -> Result<(), String> {
     if status.success() { Ok(()) } else { Err(format!("{command:?} ended with {status}")) }
 }
 
+/// Starts private servers, and measures the library and the services on them.
+fn bench(root: &Path, what: &[&str]) -> Result<(), String> {
+    let mut build = vec!["build", "--profile", "dist", "--package", "consign-bench"];
+    for service in ["consign-order", "consign-inventory", "consign-payment"] {
+        build.extend(["--package", service]);
+    }
+    cargo(root, &build)?;
+    run(Command::new(root.join("target/dist/consign-bench")).args(what))
+}
+
 /// Starts the optimised program on a data directory of its own, and loads it.
-fn bench(root: &Path, orders: u64, stored: u64) -> Result<(), String> {
+fn bench_embedded(root: &Path, orders: u64, stored: u64) -> Result<(), String> {
     cargo(root, &["build", "--profile", "dist", "--package", "consign-cli"])?;
     let program = root.join("target/dist/consign");
     let dir = root.join("target/bench-data");

@@ -104,6 +104,17 @@ pub enum Lane {
 }
 
 impl Lane {
+    /// All lanes, the most urgent first.
+    pub const ALL: [Self; 2] = [Self::Express, Self::Standard];
+
+    /// In the order of their urgency, as tables keep it.
+    pub(crate) const fn number(self) -> i64 {
+        match self {
+            Self::Express => 0,
+            Self::Standard => 1,
+        }
+    }
+
     /// The word in the subject.
     pub const fn as_str(self) -> &'static str {
         match self {

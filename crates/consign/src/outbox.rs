@@ -4,16 +4,18 @@
 //! commit, and sweeps now and then for what a crash left behind.
 
 use std::collections::{HashMap, HashSet};
+use std::mem;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use thiserror::Error;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::broker::{Broker, Message, PubAck, PublishError};
-use crate::db::{Db, DbError, Json, Row, TxState};
+use crate::db::{Db, DbError, Json, Row, Tx, TxState};
 use crate::event::{Cause, Envelope, Event, EventId, Lane};
 use crate::retry::Backoff;
 use crate::schema::{self, SchemaViolation};
@@ -133,18 +135,19 @@ pub(crate) async fn write(
             Json(r.message.headers.clone()),
             r.message.payload.clone(),
             r.created_at,
-            lane_number(r.lane),
+            r.lane.number(),
         )
     });
     if shared {
         // Numbers are given out in the rows' order, though not without gaps: other transactions take some in between.
         let inserted = tx
             .query(
-                "WITH given AS (SELECT * FROM {$2: event_id, msg_id, subject, headers, payload bytes, created_at, lane}),
-                      new AS (INSERT INTO outbox (event_id, msg_id, subject, headers, payload, created_at)
-                              SELECT event_id, msg_id, subject, headers, payload, created_at FROM given RETURNING seq, event_id)
-                 INSERT INTO outbox_pending (seq, lane, not_before)
-                 SELECT new.seq, given.lane, $1 FROM new JOIN given USING (event_id) RETURNING seq",
+                "WITH given AS MATERIALIZED
+                        (SELECT nextval('outbox_numbers') AS seq, r.*
+                         FROM {$2: event_id, msg_id, subject, headers, payload bytes, created_at, lane}),
+                      kept AS (INSERT INTO outbox (seq, event_id, msg_id, subject, headers, payload, created_at)
+                               SELECT seq, event_id, msg_id, subject, headers, payload, created_at FROM given)
+                 INSERT INTO outbox_pending (seq, lane, not_before) SELECT seq, lane, $1 FROM given RETURNING seq",
             )
             .bind(not_before)
             .rows(rows)
@@ -167,28 +170,27 @@ pub(crate) async fn write(
     seqs.sort_unstable();
     tx.query("INSERT INTO outbox_pending (seq, lane, not_before) SELECT seq, lane, $1 FROM {$2: seq, lane}")
         .bind(not_before)
-        .rows(seqs.iter().zip(recorded).map(|(seq, r)| (*seq, lane_number(r.lane))))
+        .rows(seqs.iter().zip(recorded).map(|(seq, r)| (*seq, r.lane.number())))
         .execute()
         .await?;
     Ok(seqs)
-}
-
-/// Lanes in the order in which they are published.
-const fn lane_number(lane: Lane) -> i64 {
-    match lane {
-        Lane::Express => 0,
-        Lane::Standard => 1,
-    }
 }
 
 /// Publishes the outbox of one database until told to stop; then once more, so that a drained service leaves nothing behind.
 pub(crate) async fn relay(db: Db, broker: Arc<dyn Broker>, stop: CancellationToken) {
     let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(10));
     // A crash may have left rows behind, so the table is read first.
-    let mut sweep = true;
+    let mut relay = Relay {
+        db,
+        broker,
+        sweep: true,
+        swept: Claimed::default(),
+        answered: Answered::default(),
+        counts: None,
+    };
     loop {
         let stopping = stop.is_cancelled();
-        match round(&db, broker.as_ref(), &mut sweep).await {
+        match relay.round().await {
             Ok(n) => {
                 backoff.reset();
                 if n > 0 {
@@ -198,16 +200,16 @@ pub(crate) async fn relay(db: Db, broker: Arc<dyn Broker>, stop: CancellationTok
                     return;
                 }
                 tokio::select! {
-                    () = db.relay_wake().notified() => {}
-                    () = tokio::time::sleep(SWEEP) => sweep = true,
-                    () = stop.cancelled() => sweep = true,
+                    () = relay.db.relay_wake().notified() => {}
+                    () = tokio::time::sleep(SWEEP) => relay.sweep = true,
+                    () = stop.cancelled() => relay.sweep = true,
                 }
             }
             Err(error) => {
-                sweep = true;
+                relay.sweep = true;
                 let delay = backoff.next();
                 tracing::warn!(
-                    service = db.service(), error = telemetry::chain(&error), retry_in = ?delay,
+                    service = relay.db.service(), error = telemetry::chain(&error), retry_in = ?delay,
                     "the outbox could not be published"
                 );
                 if stopping {
@@ -222,28 +224,6 @@ pub(crate) async fn relay(db: Db, broker: Arc<dyn Broker>, stop: CancellationTok
     }
 }
 
-/// Publishes some of what was just committed, and when sweeping some of what the table holds; how many.
-async fn round(db: &Db, broker: &dyn Broker, sweep: &mut bool) -> Result<usize, RelayError> {
-    let status = broker.status();
-    if !status.connected {
-        // Nothing is taken out of memory that could not be published.
-        let first = PublishError::Unknown(status.detail.unwrap_or_else(|| "disconnected".into()));
-        return if db.outbox_depth() == 0 { Ok(0) } else { Err(RelayError::Refused { count: 0, first }) };
-    }
-    let (mut rows, overflow) = db.take_fresh(BATCH);
-    *sweep |= overflow;
-    if *sweep {
-        db.count_outbox().await?;
-        let room = BATCH.saturating_sub(rows.len());
-        let swept = claim_pending(db, room.max(BATCH / 4)).await?;
-        *sweep = !swept.is_empty();
-        // On SQLite what is in memory is in the table too, and nobody has leased it.
-        let known: HashSet<i64> = rows.iter().map(|(seq, _)| *seq).collect();
-        rows.extend(swept.into_iter().filter(|(seq, _)| !known.contains(seq)));
-    }
-    publish(db, broker, rows).await
-}
-
 #[derive(Debug, Error)]
 enum RelayError {
     #[error("database")]
@@ -256,49 +236,113 @@ enum RelayError {
     },
 }
 
-/// Rows the broker has not acknowledged and nobody is publishing, the express ones first; where there are other replicas, they are then
-/// leased to this one. It selects what is pending, never what has a greater number: a row that commits late is not passed over.
-async fn claim_pending(db: &Db, max: usize) -> Result<Vec<(i64, Message)>, RelayError> {
-    let mut rows = Vec::new();
-    for (lane, share) in [(Lane::Express, max - max / 4), (Lane::Standard, max)] {
-        let room = share.saturating_sub(rows.len());
+/// Rows to publish, and the transaction that keeps other replicas off those that were read from the table.
+#[derive(Debug, Default)]
+struct Claimed {
+    rows: Vec<(i64, Message)>,
+    held: Option<Tx>,
+}
+
+/// What the broker said of rows, still to be recorded.
+#[derive(Debug, Default)]
+struct Answered {
+    acked: Vec<(i64, PubAck)>,
+    refused: Vec<(i64, PublishError)>,
+    held: Option<Tx>,
+}
+
+/// One round's rows are published while the answers to the round before are recorded and the rows of the next are read.
+struct Relay {
+    db: Db,
+    broker: Arc<dyn Broker>,
+    /// Read the table too: something may be there that is not in memory.
+    sweep: bool,
+    swept: Claimed,
+    answered: Answered,
+    /// When the pending rows may be counted again.
+    counts: Option<Instant>,
+}
+
+impl Relay {
+    /// How many rows are under way, or were.
+    async fn round(&mut self) -> Result<usize, RelayError> {
+        let mut answered = mem::take(&mut self.answered);
+        let under_way = answered.acked.len() + answered.refused.len();
+        let status = self.broker.status();
+        if !status.connected {
+            // Nothing is taken out of memory that could not be published; what is in the table is let go.
+            self.swept = Claimed::default();
+            mark(&self.db, answered).await?;
+            if self.db.outbox_depth() == 0 {
+                return Ok(0);
+            }
+            let first = PublishError::Unknown(status.detail.unwrap_or_else(|| "disconnected".into()));
+            return Err(RelayError::Refused { count: 0, first });
+        }
+        self.count().await?;
+        let shared = self.db.is_shared();
+        if self.sweep && !shared {
+            // What is in memory is in the table too, and no row is held: it must not be read again while it is under way.
+            mark(&self.db, mem::take(&mut answered)).await?;
+            self.swept = claim(&self.db).await?;
+            self.sweep = !self.swept.rows.is_empty();
+        }
+        let Claimed { mut rows, held } = mem::take(&mut self.swept);
+        let (fresh, overflow) = self.db.take_fresh(BATCH);
+        self.sweep |= overflow;
+        if rows.is_empty() {
+            rows = fresh;
+        } else {
+            let known: HashSet<i64> = rows.iter().map(|(seq, _)| *seq).collect();
+            rows.extend(fresh.into_iter().filter(|(seq, _)| !known.contains(seq)));
+        }
+        let sweeping = self.sweep && shared;
+        let claiming = async { if sweeping { claim(&self.db).await.map(Some) } else { Ok(None) } };
+        let count = rows.len();
+        let (published, claimed, marked) = tokio::join!(
+            publish(&self.db, self.broker.as_ref(), Claimed { rows, held }),
+            claiming,
+            mark(&self.db, answered)
+        );
+        self.answered = published?;
+        if let Some(claimed) = claimed? {
+            self.sweep = !claimed.rows.is_empty();
+            self.swept = claimed;
+        }
+        marked?;
+        Ok(under_way + count + self.swept.rows.len())
+    }
+
+    /// Other replicas change what is pending, so it is counted now and then; of a long backlog, rarely.
+    async fn count(&mut self) -> Result<(), DbError> {
+        let started = Instant::now();
+        if self.sweep && self.counts.is_none_or(|at| at <= started) {
+            self.db.count_outbox().await?;
+            self.counts = Some(started + SWEEP.max(started.elapsed() * 50));
+        }
+        Ok(())
+    }
+}
+
+/// Rows the broker has not acknowledged and nobody is publishing, the express ones first; where there are other replicas, they are locked,
+/// and skip each other's. It selects what is pending, never what has a greater number: a row that commits late is not passed over.
+async fn claim(db: &Db) -> Result<Claimed, RelayError> {
+    let mut held = if db.is_shared() { Some(db.begin().await?) } else { None };
+    let mut found = Vec::new();
+    for (lane, share) in [(Lane::Express, BATCH - BATCH / 4), (Lane::Standard, BATCH)] {
+        let room = share.saturating_sub(found.len());
         if room == 0 {
             continue;
         }
-        let now = db.clock().now();
-        let claimed = if db.is_shared() {
-            let mut tx = db.begin().await?;
-            let claimed = tx
-                .query(
-                    "WITH due AS (SELECT seq FROM outbox_pending WHERE lane = $1 AND not_before <= $2 ORDER BY seq LIMIT $3 {skip}),
-                          leased AS (UPDATE outbox_pending p SET not_before = $4 FROM due WHERE p.seq = due.seq RETURNING p.seq)
-                     SELECT o.seq, o.msg_id, o.subject, o.headers, o.payload FROM leased JOIN outbox o ON o.seq = leased.seq
-                     ORDER BY o.seq",
-                )
-                .bind(lane_number(lane))
-                .bind(now)
-                .bind(room)
-                .bind(now + PUBLISH_TIMEOUT)
-                .fetch_all()
-                .await?;
-            if claimed.is_empty() {
-                tx.rollback().await;
-            } else {
-                tx.commit().await?;
-            }
-            claimed
-        } else {
-            db.query(
-                "SELECT p.seq, o.msg_id, o.subject, o.headers, o.payload FROM outbox_pending p JOIN outbox o ON o.seq = p.seq
-                 WHERE p.lane = $1 AND p.not_before <= $2 ORDER BY p.seq LIMIT $3",
-            )
-            .bind(lane_number(lane))
-            .bind(now)
-            .bind(room)
-            .fetch_all()
-            .await?
+        let text = "SELECT p.seq, o.msg_id, o.subject, o.headers, o.payload
+             FROM (SELECT seq FROM outbox_pending WHERE lane = $1 AND not_before <= $2 ORDER BY seq LIMIT $3 {skip}) AS p
+             JOIN outbox o ON o.seq = p.seq ORDER BY p.seq";
+        let query = match &mut held {
+            Some(tx) => tx.query(text),
+            None => db.query(text),
         };
-        rows.extend(claimed);
+        let rows = query.bind(lane.number()).bind(db.clock().now()).bind(room).fetch_all().await?;
+        found.extend(rows);
     }
     let message = |row: &Row| {
         Ok::<_, DbError>((
@@ -311,70 +355,82 @@ async fn claim_pending(db: &Db, max: usize) -> Result<Vec<(i64, Message)>, Relay
             },
         ))
     };
-    Ok(rows.iter().map(message).collect::<Result<_, _>>()?)
+    let rows: Vec<_> = found.iter().map(message).collect::<Result<_, _>>()?;
+    if rows.is_empty()
+        && let Some(tx) = held.take()
+    {
+        tx.rollback().await;
+    }
+    Ok(Claimed { rows, held })
 }
 
-/// Publishes, then marks what was acknowledged. The count of rows published.
-async fn publish(db: &Db, broker: &dyn Broker, rows: Vec<(i64, Message)>) -> Result<usize, RelayError> {
+async fn publish(db: &Db, broker: &dyn Broker, claimed: Claimed) -> Result<Answered, RelayError> {
+    let Claimed { rows, held } = claimed;
     if rows.is_empty() {
-        return Ok(0);
+        return Ok(Answered::default());
     }
-    let now = db.clock().now();
     let (seqs, messages): (Vec<i64>, Vec<Message>) = rows.into_iter().unzip();
     let count = messages.len();
     let answers = tokio::time::timeout(PUBLISH_TIMEOUT, broker.publish(messages)).await.map_err(|_| {
         let first = PublishError::Unknown(format!("no answer within {PUBLISH_TIMEOUT:?}"));
         RelayError::Refused { count, first }
     })?;
-    let mut published = Vec::with_capacity(count);
-    let mut refused = Vec::new();
+    let mut answered = Answered { held, ..Answered::default() };
     for (seq, answer) in seqs.into_iter().zip(answers) {
         match answer {
-            Ok(ack) => published.push((seq, ack)),
-            Err(e) => refused.push((seq, e)),
+            Ok(ack) => answered.acked.push((seq, ack)),
+            Err(e) => answered.refused.push((seq, e)),
         }
     }
-    if published.is_empty()
-        && let Some((_, first)) = refused.first()
-    {
-        let first = first.clone();
-        // Of one alone it cannot be told whether the row or the broker is at fault: it steps back for the others.
-        postpone(db, &refused, now).await?;
-        return Err(RelayError::Refused { count, first });
-    }
-    mark(db, &published, now).await?;
-    if !refused.is_empty() {
-        postpone(db, &refused, now).await?;
-    }
+    // Replicas that record the same rows wait for each other rather than in a circle.
+    answered.acked.sort_unstable_by_key(|(seq, _)| *seq);
     metrics::counter!("consign_events_published_total", "service" => db.service().to_owned())
-        .increment(published.len() as u64);
-    Ok(published.len())
+        .increment(answered.acked.len() as u64);
+    Ok(answered)
 }
 
-async fn mark(db: &Db, published: &[(i64, PubAck)], now: Timestamp) -> Result<(), RelayError> {
-    let mut tx = db.begin().await?;
-    tx.query(
-        "INSERT INTO outbox_published (seq, stream, incarnation, stream_seq, published_at)
-         SELECT seq, stream, incarnation, stream_seq, $1 FROM {$2: seq, stream, incarnation, stream_seq}
-         WHERE true ON CONFLICT DO NOTHING",
-    )
-    .bind(now)
-    .rows(published.iter().map(|(seq, ack)| (*seq, &*ack.stream, db.incarnation(&ack.stream), ack.sequence)))
-    .execute()
-    .await?;
-    let gone = tx
-        .query("DELETE FROM outbox_pending WHERE seq IN (SELECT seq FROM {$1: seq})")
-        .rows(published.iter().map(|(seq, _)| (*seq,)))
+/// Marks what was acknowledged; what was refused waits.
+async fn mark(db: &Db, answered: Answered) -> Result<(), RelayError> {
+    let Answered { acked, refused, held } = answered;
+    if acked.is_empty() && refused.is_empty() {
+        return Ok(());
+    }
+    let (now, count) = (db.clock().now(), refused.len());
+    let mut tx = match held {
+        Some(tx) => tx,
+        None => db.begin().await?,
+    };
+    let mut gone = 0;
+    if !acked.is_empty() {
+        tx.query(
+            "INSERT INTO outbox_published (seq, stream, incarnation, stream_seq, published_at)
+             SELECT seq, stream, incarnation, stream_seq, $1 FROM {$2: seq, stream, incarnation, stream_seq}
+             WHERE true ON CONFLICT DO NOTHING",
+        )
+        .bind(now)
+        .rows(acked.iter().map(|(seq, ack)| (*seq, &*ack.stream, db.incarnation(&ack.stream), ack.sequence)))
         .execute()
         .await?;
+        gone = tx
+            .query("DELETE FROM outbox_pending WHERE seq IN (SELECT seq FROM {$1: seq})")
+            .rows(acked.iter().map(|(seq, _)| (*seq,)))
+            .execute()
+            .await?;
+    }
+    if !refused.is_empty() {
+        postpone(&mut tx, &refused, now).await?;
+    }
     tx.commit().await?;
     db.outbox_shrank(gone);
-    Ok(())
+    match refused.into_iter().next() {
+        // Of one alone it cannot be told whether the row or the broker is at fault: it steps back for the others.
+        Some((_, first)) if acked.is_empty() => Err(RelayError::Refused { count, first }),
+        _ => Ok(()),
+    }
 }
 
 /// Rows the broker refused wait a little, so that they do not hold up the rest.
-async fn postpone(db: &Db, refused: &[(i64, PublishError)], now: Timestamp) -> Result<(), RelayError> {
-    let mut tx = db.begin().await?;
+async fn postpone(tx: &mut Tx, refused: &[(i64, PublishError)], now: Timestamp) -> Result<(), RelayError> {
     let seqs: Vec<i64> = refused.iter().map(|(seq, _)| *seq).collect();
     let known = tx
         .query("SELECT seq, attempts FROM outbox_pending WHERE seq IN (SELECT seq FROM {$1: seq}) ORDER BY seq {lock}")
@@ -395,7 +451,6 @@ async fn postpone(db: &Db, refused: &[(i64, PublishError)], now: Timestamp) -> R
     .rows(rows)
     .execute()
     .await?;
-    tx.commit().await?;
     Ok(())
 }
 

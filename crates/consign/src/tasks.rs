@@ -17,7 +17,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::db::{Db, DbError, Json, Row, Tx, TxState};
-use crate::event::Cause;
+use crate::event::{Cause, Lane};
 use crate::handler::BoxError;
 use crate::retry::{Backoff, RetryPolicy};
 use crate::{Timestamp, telemetry};
@@ -40,6 +40,8 @@ pub struct Leased<T> {
     pub attempts: u32,
     /// Since when it could run.
     pub due_at: Timestamp,
+    /// Express ones run first.
+    pub lane: Lane,
     /// What it follows from.
     pub cause: Cause,
 }
@@ -48,7 +50,7 @@ pub struct Leased<T> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct TaskOptions {
-    /// How many run at a time.
+    /// How many run at a time. A quarter of them is kept for express ones.
     pub concurrency: usize,
     /// A run is given up after this, and tried again later.
     #[serde(with = "humantime_serde")]
@@ -101,10 +103,15 @@ pub(crate) struct Scheduled {
     key: String,
     payload: Value,
     due_at: Timestamp,
+    lane: Lane,
     cause: Cause,
 }
 
 impl Scheduled {
+    pub(crate) fn lane(&self) -> Lane {
+        self.lane
+    }
+
     pub(crate) fn kind(&self) -> &'static str {
         self.kind
     }
@@ -117,11 +124,12 @@ impl Scheduled {
         key: String,
         payload: &T,
         due: Timestamp,
+        lane: Lane,
         cause: Cause,
     ) -> Result<Self, DbError> {
         let payload =
             serde_json::to_value(payload).map_err(|e| DbError::Sql(sqlx::Error::Encode(Box::new(e))))?;
-        Ok(Self { kind: T::KIND, key, payload, due_at: due, cause })
+        Ok(Self { kind: T::KIND, key, payload, due_at: due, lane, cause })
     }
 }
 
@@ -139,15 +147,16 @@ pub(crate) async fn write(
                 s.key.as_str(),
                 Json(s.payload.clone()),
                 s.due_at,
+                s.lane.number(),
                 s.cause.correlation_id.as_str(),
                 s.cause.causation_id,
                 s.cause.traceparent.as_deref(),
             )
         });
         tx.query(
-            "INSERT INTO tasks (kind, key, payload, due_at, correlation_id, causation_id, traceparent, created_at)
-             SELECT kind, key, payload, due_at, correlation_id, causation_id, traceparent, $1
-             FROM {$2: kind, key, payload, due_at, correlation_id, causation_id, traceparent}
+            "INSERT INTO tasks (kind, key, payload, due_at, lane, correlation_id, causation_id, traceparent, created_at)
+             SELECT kind, key, payload, due_at, lane, correlation_id, causation_id, traceparent, $1
+             FROM {$2: kind, key, payload, due_at, lane, correlation_id, causation_id, traceparent}
              WHERE true ON CONFLICT (kind, key) DO NOTHING",
         )
         .bind(now)
@@ -163,9 +172,10 @@ pub(crate) async fn write(
         keys.sort_unstable();
         tx.query_each(
             "DELETE FROM tasks WHERE kind = $1 AND lease_until <= $2 AND key IN (SELECT k FROM {$3: k})",
-            // Somebody who has one of them locked is at it.
-            "DELETE FROM tasks WHERE id IN
-               (SELECT id FROM tasks WHERE kind = $1 AND lease_until <= $2 AND key IN (SELECT k FROM {$3: k}) ORDER BY id {skip})",
+            // Somebody who has one of them locked is at it. Each is looked up by itself: together, the planner may read all of the kind.
+            "WITH free AS (SELECT one.id FROM {$3: k} CROSS JOIN LATERAL
+                            (SELECT id FROM tasks WHERE kind = $1 AND key = r.k AND lease_until <= $2 LIMIT 1 {skip}) AS one)
+             DELETE FROM tasks USING free WHERE tasks.id = free.id",
         )
         .bind(kind)
         .bind(now)
@@ -183,7 +193,9 @@ pub(crate) async fn work<H: TaskHandler>(
     options: TaskOptions,
     stop: CancellationToken,
 ) {
-    Worker { db, handler, options, running: JoinSet::new(), next_due: None }.run(stop).await;
+    Worker { db, handler, options, running: JoinSet::new(), at_work: [0; 2], next_due: [None; 2] }
+        .run(stop)
+        .await;
 }
 
 /// Looks at the table after this long even if nothing was announced.
@@ -197,8 +209,10 @@ struct Worker<H: TaskHandler> {
     handler: Arc<H>,
     options: TaskOptions,
     running: JoinSet<Ran<H>>,
-    /// When the next task falls due, as far as is known.
-    next_due: Option<Timestamp>,
+    /// How many run, by lane.
+    at_work: [usize; 2],
+    /// When the next task falls due, as far as is known, by lane.
+    next_due: [Option<Timestamp>; 2],
 }
 
 impl<H: TaskHandler> Worker<H> {
@@ -207,21 +221,27 @@ impl<H: TaskHandler> Worker<H> {
         let mut wake = self.db.tasks_wake().subscribe();
         let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(10));
         let mut released = false;
-        self.next_due = Some(self.db.clock().now());
+        self.next_due = [Some(self.db.clock().now()); 2];
         loop {
             wake.mark_unchanged();
-            if let Some(announced) = self.db.take_announced(kind) {
-                self.expect_at(announced);
+            for lane in Lane::ALL {
+                if let Some(announced) = self.db.take_announced(kind, lane) {
+                    self.expect_at(lane, announced);
+                }
             }
-            let free = self.options.concurrency.saturating_sub(self.running.len());
-            let due = self.next_due.is_some_and(|t| t <= self.db.clock().now());
-            if due && free > 0 && !stop.is_cancelled() {
+            if !stop.is_cancelled() {
                 let step = async {
                     if !released {
                         release_leases(&self.db, kind).await?;
                         released = true;
                     }
-                    self.claim(free).await
+                    for lane in Lane::ALL {
+                        let due = self.next_due[index(lane)].is_some_and(|t| t <= self.db.clock().now());
+                        if due && self.room(lane) > 0 {
+                            self.claim(lane, self.room(lane)).await?;
+                        }
+                    }
+                    Ok::<_, DbError>(())
                 };
                 if let Err(error) = step.await {
                     let delay = backoff.next();
@@ -238,46 +258,70 @@ impl<H: TaskHandler> Worker<H> {
                 return;
             }
             let full = self.running.len() >= self.options.concurrency;
-            let idle = self.next_due.map_or(LOOK, |t| t.since(self.db.clock().now()).min(LOOK));
+            let now = self.db.clock().now();
+            // A lane without room waits for one of its tasks to end.
+            let next_due =
+                Lane::ALL.into_iter().filter(|l| self.room(*l) > 0).filter_map(|l| self.next_due[index(l)]);
+            let idle = next_due.min().map_or(LOOK, |t| t.since(now).min(LOOK));
             tokio::select! {
                 Some(first) = self.running.join_next(), if !self.running.is_empty() => self.collect(first).await,
                 _ = wake.changed(), if !full && !stop.is_cancelled() => {}
                 () = tokio::time::sleep(idle), if !full && !stop.is_cancelled() => {
                     let now = self.db.clock().now();
-                    self.expect_at(now);
+                    for lane in Lane::ALL {
+                        self.expect_at(lane, now);
+                    }
                 }
                 () = stop.cancelled(), if !stop.is_cancelled() => {}
             }
         }
     }
 
-    fn expect_at(&mut self, due: Timestamp) {
-        self.next_due = Some(self.next_due.map_or(due, |t| t.min(due)));
+    fn expect_at(&mut self, lane: Lane, due: Timestamp) {
+        let next = &mut self.next_due[index(lane)];
+        *next = Some(next.map_or(due, |t| t.min(due)));
     }
 
-    /// Leases what is due, up to `limit`, reads what the runs need, and starts them.
-    async fn claim(&mut self, limit: usize) -> Result<(), DbError> {
+    /// How many more of a lane may run: standard ones leave room for express ones to come.
+    fn room(&self, lane: Lane) -> usize {
+        let all = self.options.concurrency;
+        let free = all.saturating_sub(self.running.len());
+        match lane {
+            Lane::Express => free,
+            Lane::Standard => free.min((all - all / 4).saturating_sub(self.at_work[index(lane)])),
+        }
+    }
+
+    /// Leases what is due of a lane, up to `limit`, reads what the runs need, and starts them.
+    async fn claim(&mut self, lane: Lane, limit: usize) -> Result<(), DbError> {
         let now = self.db.clock().now();
         let mut tx = self.db.begin().await?;
         let rows = tx
-            .query(
+            .query_each(
                 "UPDATE tasks SET lease_until = $1, attempts = attempts + 1 WHERE id IN
-                   (SELECT id FROM tasks WHERE kind = $2 AND due_at <= $3 AND lease_until <= $3 ORDER BY due_at LIMIT $4 {skip})
+                   (SELECT id FROM tasks WHERE kind = $2 AND lane = $3 AND due_at <= $4 AND lease_until <= $4 ORDER BY due_at LIMIT $5)
                  RETURNING *",
+                "WITH due AS (SELECT id FROM tasks WHERE kind = $2 AND lane = $3 AND due_at <= $4 AND lease_until <= $4
+                              ORDER BY due_at LIMIT $5 {skip})
+                 UPDATE tasks SET lease_until = $1, attempts = attempts + 1 FROM due WHERE tasks.id = due.id RETURNING tasks.*",
             )
             .bind(now + self.options.lease)
             .bind(H::Task::KIND)
+            .bind(lane.number())
             .bind(now)
             .bind(limit)
             .fetch_all()
             .await?;
         let next_due = if rows.len() < limit {
             tx.query_each(
-                "SELECT MIN(at) AS at FROM (SELECT MAX(due_at, lease_until) AS at FROM tasks WHERE kind = $1 ORDER BY due_at LIMIT $2)",
+                "SELECT MIN(at) AS at FROM (SELECT MAX(due_at, lease_until) AS at FROM tasks
+                   WHERE kind = $1 AND lane = $2 ORDER BY due_at LIMIT $3)",
                 "SELECT MIN(at) AS at FROM
-                   (SELECT GREATEST(due_at, lease_until) AS at FROM tasks WHERE kind = $1 ORDER BY due_at LIMIT $2) AS next",
+                   (SELECT GREATEST(due_at, lease_until) AS at FROM tasks
+                    WHERE kind = $1 AND lane = $2 ORDER BY due_at LIMIT $3) AS next",
             )
             .bind(H::Task::KIND)
+            .bind(lane.number())
             // Those leased come first; one more is the first that is not.
             .bind(self.options.concurrency + 1)
             .fetch_scalar::<Option<Timestamp>>()
@@ -293,13 +337,14 @@ impl<H: TaskHandler> Worker<H> {
             tx.commit().await?;
             for (task, context) in tasks.into_iter().zip(contexts) {
                 let (handler, timeout) = (Arc::clone(&self.handler), self.options.timeout);
+                self.at_work[index(lane)] += 1;
                 self.running.spawn(async move {
                     let result = run_one(handler.as_ref(), &task, &context, timeout).await;
                     (task, result)
                 });
             }
         }
-        self.next_due = next_due;
+        self.next_due[index(lane)] = next_due;
         Ok(())
     }
 
@@ -309,6 +354,9 @@ impl<H: TaskHandler> Worker<H> {
         let mut failed = Vec::new();
         let mut next = Some(first);
         while let Some(joined) = next {
+            if let Ok((task, _)) = &joined {
+                self.at_work[index(task.lane)] -= 1;
+            }
             match joined {
                 Ok((task, Ok(output))) => done.push((task, output)),
                 Ok((task, Err(error))) => failed.push((task, error)),
@@ -363,7 +411,8 @@ impl<H: TaskHandler> Worker<H> {
                 .iter()
                 .map(|(t, e)| {
                     let due = now + self.options.retry.delay(t.attempts);
-                    self.next_due = Some(self.next_due.map_or(due, |t| t.min(due)));
+                    let next = &mut self.next_due[index(t.lane)];
+                    *next = Some(next.map_or(due, |t| t.min(due)));
                     (t.id, t.attempts, due, telemetry::chain(e.as_ref()))
                 })
                 .collect();
@@ -385,6 +434,13 @@ impl<H: TaskHandler> Worker<H> {
         count("done", done.len());
         count("retried", failed.len());
         Ok(())
+    }
+}
+
+const fn index(lane: Lane) -> usize {
+    match lane {
+        Lane::Express => 0,
+        Lane::Standard => 1,
     }
 }
 
@@ -429,6 +485,7 @@ fn leased<T: Task>(row: &Row) -> Result<Leased<T>, DbError> {
         payload: row.get::<Json<T>>("payload")?.0,
         attempts: row.get("attempts")?,
         due_at: row.get("due_at")?,
+        lane: if row.get::<i64>("lane")? == Lane::Express.number() { Lane::Express } else { Lane::Standard },
         cause: Cause {
             correlation_id: row.parse("correlation_id")?,
             causation_id: row.get("causation_id")?,

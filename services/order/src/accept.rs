@@ -131,6 +131,7 @@ async fn accept(tx: &mut Tx, group: &[Request], deadline: Duration) -> Result<Ve
             order.id.to_string(),
             &Deadline { order_id: order.id },
             order.deadline,
+            r.lane,
             r.cause.clone(),
         )?;
         entries.push(Entry {

@@ -82,14 +82,14 @@ fn follow_up(tx: &mut Tx, p: &Payment, decision: Decision, step: &Step) -> Resul
     let cause = || step.cause.clone();
     match decision {
         Decision::Intend => {
-            tx.schedule_for(key, &ChargeTask { order_id }, p.created_at, cause())?;
+            tx.schedule_for(key, &ChargeTask { order_id }, p.created_at, p.lane, cause())?;
         }
         Decision::Succeed | Decision::SucceedAndRefund => {
             let event =
                 PaymentSucceeded { payment_id, order_id, amount: p.amount, currency: p.currency.clone() };
             tx.emit(Emission::new(event, payment_id.to_string(), p.version).lane(p.lane).caused_by(cause()))?;
             if decision == Decision::SucceedAndRefund {
-                tx.schedule_for(key, &RefundTask { order_id }, p.updated_at, cause())?;
+                tx.schedule_for(key, &RefundTask { order_id }, p.updated_at, p.lane, cause())?;
             }
         }
         Decision::Fail => {
@@ -98,7 +98,7 @@ fn follow_up(tx: &mut Tx, p: &Payment, decision: Decision, step: &Step) -> Resul
             tx.emit(Emission::new(event, payment_id.to_string(), p.version).lane(p.lane).caused_by(cause()))?;
         }
         Decision::Refund => {
-            tx.schedule_for(key, &RefundTask { order_id }, p.updated_at, cause())?;
+            tx.schedule_for(key, &RefundTask { order_id }, p.updated_at, p.lane, cause())?;
         }
         Decision::FinishRefund => {
             let event =

@@ -1,8 +1,9 @@
 -- The library's own tables, in every service's database.
 
 -- Every event this service emitted, until it is older than the history. Rows are never changed.
+CREATE SEQUENCE outbox_numbers AS BIGINT;
 CREATE TABLE outbox (
-    seq        BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    seq        BIGINT PRIMARY KEY DEFAULT nextval('outbox_numbers'),
     event_id   UUID NOT NULL,
     msg_id     TEXT NOT NULL,
     subject    TEXT NOT NULL,
@@ -10,6 +11,7 @@ CREATE TABLE outbox (
     payload    BYTEA NOT NULL,
     created_at TIMESTAMPTZ NOT NULL
 );
+ALTER SEQUENCE outbox_numbers OWNED BY outbox.seq;
 -- Those the broker has not acknowledged yet: small, whatever the history. Rows come and go, so room is left for their updates, and
 -- vacuum comes often.
 CREATE TABLE outbox_pending (
@@ -59,7 +61,7 @@ CREATE TABLE tasks (
     traceparent    TEXT,
     created_at     TIMESTAMPTZ NOT NULL,
     UNIQUE (kind, key)
-) WITH (autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_threshold = 2000);
+) WITH (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_threshold = 2000);
 CREATE INDEX tasks_due ON tasks (kind, due_at);
 
 CREATE TABLE dead_letters (
@@ -100,6 +102,7 @@ CREATE TABLE idempotency (
     fingerprint UUID NOT NULL,
     answer      TEXT NOT NULL,
     created_at  TIMESTAMPTZ NOT NULL,
-    PRIMARY KEY (operation, key)
+    -- Keys differ, operations hardly do: an index on those first would tempt the planner to read all of an operation.
+    PRIMARY KEY (key, operation)
 );
 CREATE INDEX idempotency_age ON idempotency (created_at);

@@ -105,8 +105,8 @@ struct Inner {
     store: Store,
     relay_wake: Notify,
     tasks_wake: watch::Sender<()>,
-    /// The earliest due time scheduled since the kind's worker last looked.
-    tasks_announced: std::sync::Mutex<HashMap<&'static str, Timestamp>>,
+    /// The earliest due time scheduled since the kind's worker last looked, by lane.
+    tasks_announced: std::sync::Mutex<HashMap<(&'static str, Lane), Timestamp>>,
     /// Committed and not yet seen by the relay, so that it need not read back what was just written.
     fresh: std::sync::Mutex<Fresh>,
     redrive_wake: watch::Sender<()>,
@@ -373,9 +373,9 @@ impl Db {
         (self.is_shared() && fresh.len() + count <= FRESH_CAP).then(|| self.clock().now() + PUBLISH_LEASE)
     }
 
-    /// The earliest due time of this kind scheduled since it was last asked for.
-    pub(crate) fn take_announced(&self, kind: &'static str) -> Option<Timestamp> {
-        self.0.tasks_announced.lock().unwrap_or_else(PoisonError::into_inner).remove(kind)
+    /// The earliest due time of this kind and lane scheduled since it was last asked for.
+    pub(crate) fn take_announced(&self, kind: &'static str, lane: Lane) -> Option<Timestamp> {
+        self.0.tasks_announced.lock().unwrap_or_else(PoisonError::into_inner).remove(&(kind, lane))
     }
 
     /// Which incarnation of a stream is published to now; empty if that is not known.
@@ -539,18 +539,19 @@ impl Tx {
         due: Timestamp,
     ) -> Result<(), DbError> {
         let cause = self.peek().cause.clone();
-        self.schedule_for(key, payload, due, cause)
+        self.schedule_for(key, payload, due, Lane::Standard, cause)
     }
 
-    /// The same, for a task that follows from something else than the transaction's cause.
+    /// The same on a lane, for a task that follows from something else than the transaction's cause.
     pub fn schedule_for<T: Task>(
         &mut self,
         key: impl Into<String>,
         payload: &T,
         due: Timestamp,
+        lane: Lane,
         cause: Cause,
     ) -> Result<(), DbError> {
-        let scheduled = Scheduled::new(key.into(), payload, due, cause)?;
+        let scheduled = Scheduled::new(key.into(), payload, due, lane, cause)?;
         self.state().scheduled.push(scheduled);
         Ok(())
     }
@@ -708,7 +709,7 @@ impl Db {
         {
             let mut announced = self.0.tasks_announced.lock().unwrap_or_else(PoisonError::into_inner);
             for s in scheduled {
-                let due = announced.entry(s.kind()).or_insert(s.due());
+                let due = announced.entry((s.kind(), s.lane())).or_insert(s.due());
                 *due = s.due().min(*due);
             }
         }

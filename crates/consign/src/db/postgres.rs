@@ -99,6 +99,11 @@ impl PostgresConfig {
                 ("tcp_keepalives_count", "3".into()),
                 ("tcp_user_timeout", millis(FROZEN)),
                 ("synchronous_commit", "on".into()),
+                // A plan that is kept knows nothing of how a table grows: made while it was nearly empty, it would read all of it
+                // again and again, just when a backlog builds up. And what a service touches is in memory, or nearly.
+                ("plan_cache_mode", "force_custom_plan".into()),
+                ("random_page_cost", "1.1".into()),
+                ("jit", "off".into()),
             ]))
     }
 }

@@ -13,6 +13,7 @@ use bytes::Bytes;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
+use tokio::sync::Notify;
 use tokio::time::Instant;
 use uuid::Uuid;
 
@@ -21,6 +22,7 @@ use crate::broker::StreamConfig;
 use crate::broker::embedded::EmbeddedBroker;
 use crate::config::ServiceConfig;
 use crate::db::Json;
+use crate::event::{Cause, Lane};
 use crate::handler::BoxError;
 use crate::http::idempotency;
 use crate::tasks::{Leased, Task, TaskHandler, TaskOptions};
@@ -78,6 +80,7 @@ pub async fn run(subject: &impl Subject) {
         ("a row that commits late is not passed over", Box::pin(late_commit(subject))),
         ("what a replica left behind is published by another", Box::pin(left_behind(subject))),
         ("tasks run once, whoever runs them", Box::pin(tasks(subject))),
+        ("express tasks run first", Box::pin(express_tasks_first(subject))),
         ("an idempotency key has one answer", Box::pin(idempotency_keys(subject))),
         ("concurrent changes of one row add up", Box::pin(concurrent_changes(subject))),
         ("migrations run once, however many start together", Box::pin(migrations(subject))),
@@ -394,7 +397,11 @@ async fn left_behind(subject: &impl Subject) {
 struct Clicks {
     runs: Arc<Mutex<Vec<u32>>>,
     failing: Arc<AtomicU32>,
+    /// Ticks from [`SLOW`] on wait for this.
+    gate: Arc<Notify>,
 }
+
+const SLOW: u32 = 5000;
 
 #[async_trait]
 impl TaskHandler for Clicks {
@@ -410,6 +417,9 @@ impl TaskHandler for Clicks {
         if self.failing.load(Ordering::SeqCst) > 0 {
             self.failing.fetch_sub(1, Ordering::SeqCst);
             return Err("not now".into());
+        }
+        if task.payload.n >= SLOW {
+            self.gate.notified().await;
         }
         self.runs.lock().expect("a lock").push(task.payload.n);
         Ok(())
@@ -458,6 +468,43 @@ async fn tasks(subject: &impl Subject) {
     for r in running {
         r.shutdown(Duration::from_secs(5)).await;
     }
+}
+
+async fn express_tasks_first(subject: &impl Subject) {
+    let db = subject.fresh().await;
+    let broker = Arc::new(EmbeddedBroker::memory(Clock::system()));
+    let clicks = Clicks::default();
+    let mut tx = db.begin().await.expect("a transaction");
+    let now = tx.now();
+    for n in 0..20 {
+        tx.schedule(n.to_string(), &Tick { n: SLOW + n }, now).expect("a task");
+    }
+    tx.commit().await.expect("a commit");
+    let service = Service::new(ServiceConfig::default(), db.clone(), broker as Arc<dyn Broker>, "test");
+    let options = TaskOptions { concurrency: 4, ..TaskOptions::default() };
+    let running = service.tasks(clicks.clone(), options).start().await.expect("a service");
+    let leased = async || {
+        db.query("SELECT COUNT(*) AS n FROM tasks WHERE attempts > 0")
+            .fetch_scalar::<i64>()
+            .await
+            .expect("a count")
+    };
+    until("the slow ones are at work", async || leased().await == 3).await;
+    let mut tx = db.begin().await.expect("a transaction");
+    for n in 0..8 {
+        let key = format!("express-{n}");
+        tx.schedule_for(key, &Tick { n }, now, Lane::Express, Cause::new()).expect("a task");
+    }
+    tx.commit().await.expect("a commit");
+    let runs = || clicks.runs.lock().expect("a lock").clone();
+    until("the express ones pass them", async || runs().len() == 8).await;
+    assert!(runs().iter().all(|n| *n < SLOW), "{:?}", runs());
+    until("all have run", async || {
+        clicks.gate.notify_waiters();
+        runs().len() == 28
+    })
+    .await;
+    running.shutdown(Duration::from_secs(5)).await;
 }
 
 async fn idempotency_keys(subject: &impl Subject) {

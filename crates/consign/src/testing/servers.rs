@@ -213,6 +213,7 @@ fn spawn(program: &Path, arguments: &[String], dir: &Path) -> Child {
 #[derive(Debug)]
 pub struct PostgresServer {
     programs: PathBuf,
+    settings: Vec<String>,
     dir: TempDir,
     port: u16,
     child: Child,
@@ -224,7 +225,16 @@ impl PostgresServer {
     /// # Panics
     /// If it is not installed or does not start.
     pub fn start() -> Self {
+        Self::start_with(&[])
+    }
+
+    /// The same, with settings like `shared_preload_libraries=pg_stat_statements`.
+    ///
+    /// # Panics
+    /// As above.
+    pub fn start_with(settings: &[&str]) -> Self {
         let programs = postgres_programs();
+        let settings: Vec<String> = settings.iter().map(|&s| s.to_owned()).collect();
         let dir = tempfile::tempdir().expect("a temporary directory");
         let data = dir.path().join("data");
         let port = free_port();
@@ -238,13 +248,13 @@ impl PostgresServer {
             .output()
             .expect("initdb");
         assert!(made.status.success(), "initdb: {}", String::from_utf8_lossy(&made.stderr));
-        let child = Self::spawn(&programs, dir.path(), port);
-        let mut server = Self { programs, dir, port, child };
+        let child = Self::spawn(&programs, dir.path(), port, &settings);
+        let mut server = Self { programs, settings, dir, port, child };
         server.wait();
         server
     }
 
-    fn spawn(programs: &Path, dir: &Path, port: u16) -> Child {
+    fn spawn(programs: &Path, dir: &Path, port: u16, settings: &[String]) -> Child {
         let log = fs::OpenOptions::new().create(true).append(true).open(dir.join("log")).expect("a log");
         as_postgres(&programs.join("postgres"))
             .arg("-D")
@@ -258,6 +268,7 @@ impl PostgresServer {
                 "-c",
                 "max_connections=200",
             ])
+            .args(settings.iter().flat_map(|s| ["-c", s]))
             .stdin(Stdio::null())
             .stdout(log.try_clone().expect("a log"))
             .stderr(log)
@@ -322,7 +333,7 @@ impl PostgresServer {
     pub fn start_again(&mut self) {
         end(&mut self.child);
         let _ = fs::remove_file(self.dir.path().join("data/postmaster.pid"));
-        self.child = Self::spawn(&self.programs, self.dir.path(), self.port);
+        self.child = Self::spawn(&self.programs, self.dir.path(), self.port, &self.settings);
         self.wait();
     }
 }

@@ -350,6 +350,8 @@ impl Broker for NatsBroker {
 
     fn status(&self) -> BrokerStatus {
         let connected = connect::is_connected(&self.client());
-        BrokerStatus { kind: "nats", connected, detail: self.watch.fault() }
+        // The state changes before the event that tells why is heard.
+        let detail = self.watch.fault().or_else(|| (!connected).then(|| "disconnected".to_owned()));
+        BrokerStatus { kind: "nats", connected, detail }
     }
 }
