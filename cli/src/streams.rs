@@ -4,10 +4,10 @@ use std::collections::BTreeMap;
 
 use clap::Subcommand;
 use comfy_table::Table;
-use consign::broker::nats::{Difference, Drift, NatsBroker, NatsConfig, Provision};
+use consign::broker::nats::{Difference, Drift, NatsBroker, NatsConfig, Provision, rights};
 use consign::broker::{BrokerError, StreamConfig};
 use consign::handler::BoxError;
-use consign::reconcile::rewind_if_ahead;
+use consign::reconcile::{Scope, rewind_if_ahead};
 use serde::Serialize;
 
 use crate::config::Config;
@@ -19,6 +19,8 @@ pub enum Command {
     Apply,
     /// Say what `apply` would change; exit code 1 if anything.
     Diff,
+    /// Print what each service must be allowed to do, as the users of a NATS server's configuration.
+    Rights,
 }
 
 #[derive(Debug, Serialize)]
@@ -31,6 +33,16 @@ struct Line {
 
 /// Whether all is as declared, afterwards.
 pub async fn run(command: Command, config: &Config, format: Format) -> Result<bool, BoxError> {
+    let scopes = [
+        (order::NAME, order::topology(&config.order).scope()),
+        (inventory::NAME, inventory::topology(&config.inventory).scope()),
+        (payment::NAME, payment::topology(&config.payment).scope()),
+    ];
+    if matches!(command, Command::Rights) {
+        print!("{}", users(&scopes));
+        return Ok(true);
+    }
+    let scopes = scopes.map(|(_, scope)| scope);
     let faults = config.nats.check();
     if !faults.is_empty() {
         return Err(faults.join("; ").into());
@@ -38,11 +50,6 @@ pub async fn run(command: Command, config: &Config, format: Format) -> Result<bo
     let nats = NatsConfig { provision: Provision::Create, ..config.nats.clone() };
     let broker = NatsBroker::connect(&nats, "consign-streams").await?;
     let apply = matches!(command, Command::Apply);
-    let scopes = [
-        order::topology(&config.order).scope(),
-        inventory::topology(&config.inventory).scope(),
-        payment::topology(&config.payment).scope(),
-    ];
     // All services share the stream of advisories, and consumers may be of another service's stream: streams first, each once.
     let mut streams: BTreeMap<&str, &StreamConfig> = BTreeMap::new();
     for stream in scopes.iter().flat_map(|s| &s.streams) {
@@ -72,6 +79,27 @@ pub async fn run(command: Command, config: &Config, format: Format) -> Result<bo
     let all = lines.iter().all(settled);
     print(&lines, format)?;
     Ok(all)
+}
+
+/// Users of a NATS server: an administrator for `consign streams apply`, and each service with the least it needs. Passwords come from the
+/// server's environment.
+fn users(services: &[(&str, Scope)]) -> String {
+    let mut text = String::from(
+        "# Written by `consign streams rights`: services that bind to what is there (nats.provision = \"bind\") need no more than this.\n\
+         users: [\n  { user: admin, password: $NATS_ADMIN_PASSWORD }\n",
+    );
+    for (name, scope) in services {
+        let rights = rights(scope, &format!("_INBOX_{name}"));
+        let list =
+            |subjects: &[String]| subjects.iter().map(|s| format!("      {s:?}\n")).collect::<String>();
+        text.push_str(&format!(
+            "  {{ user: {name}, password: $NATS_{}_PASSWORD, permissions: {{\n    publish: [\n{}    ]\n    subscribe: [\n{}    ]\n  }} }}\n",
+            name.to_uppercase(),
+            list(&rights.publish),
+            list(&rights.subscribe),
+        ));
+    }
+    text + "]\n"
 }
 
 fn line(

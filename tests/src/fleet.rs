@@ -36,7 +36,7 @@ pub struct Fleet {
 }
 
 impl Fleet {
-    /// `replicas` of each, on these NATS servers; with 1000 of each of ten products in stock.
+    /// `replicas` of each, on these NATS servers; with 1000 of each of ten products in stock. In settings, `{service}` is its name.
     pub async fn start(nats: Vec<NatsServer>, replicas: usize, settings: &[(&str, &str)]) -> Self {
         let postgres = tokio::task::block_in_place(PostgresServer::start);
         Self::start_on(nats, postgres, replicas, settings).await
@@ -81,7 +81,9 @@ impl Fleet {
             .env("CONSIGN_POSTGRES__URL", &self.databases[service])
             .env("CONSIGN_SERVICE__HTTP__LISTEN", "127.0.0.1:0")
             .env("CONSIGN_SERVICE__HTTP__ADMIN_TOKEN", TOKEN)
-            .envs(self.settings.iter().map(|(k, v)| (k, v)))
+            .envs(self.settings.iter().map(|(k, v)| {
+                (k, v.replace("{service}", service).replace("{SERVICE}", &service.to_uppercase()))
+            }))
             .kill_on_drop(true)
             .stdout(Stdio::piped())
             .stderr(log);
@@ -284,6 +286,12 @@ impl Fleet {
             reports.push(answer.json().await.unwrap());
         }
         reports
+    }
+
+    /// What a service tells Prometheus.
+    pub async fn metrics(&self, service: &str) -> String {
+        let url = format!("{}/metrics", self.urls(service)[0]);
+        self.http.get(url).send().await.unwrap().text().await.unwrap()
     }
 
     /// What a service says of its health.

@@ -160,7 +160,7 @@ async fn published_after(db: &Db, stream: &StreamConfig, after: i64) -> Result<V
         "SELECT p.seq, o.msg_id, o.subject, o.headers, o.payload, p.stream_seq, p.incarnation, p.published_at
          FROM outbox_published p JOIN outbox o ON o.seq = p.seq
          WHERE p.stream = $1 AND p.seq > $2
-           AND NOT EXISTS (SELECT 1 FROM outbox newer WHERE newer.subject = o.subject AND newer.seq > o.seq)
+           AND p.seq IN (SELECT MAX(seq) FROM outbox GROUP BY subject)
          ORDER BY p.seq LIMIT $3"
     } else {
         "SELECT p.seq, o.msg_id, o.subject, o.headers, o.payload, p.stream_seq, p.incarnation, p.published_at

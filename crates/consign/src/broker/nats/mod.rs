@@ -3,6 +3,7 @@
 mod connect;
 mod provision;
 mod pull;
+mod rights;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -28,6 +29,7 @@ use connect::Watch;
 pub use connect::{ConnectError, NatsConfig, Provision, TlsConfig};
 pub use provision::{Difference, Drift};
 use pull::{Inboxes, Pulled};
+pub use rights::{Rights, rights};
 
 /// Publishes in flight at a time. More brings nothing: 512 reach what 4096 do.
 const WINDOW: usize = 512;
