@@ -1,7 +1,7 @@
 //! The relay with a long backlog: what an outage of the broker for hours leaves behind.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use consign::Service;
 use consign::broker::nats::NatsBroker;
@@ -43,15 +43,7 @@ async fn speed(nats: &NatsServer, postgres: &PostgresServer, name: &str, pending
     let service = Service::new(ServiceConfig::default(), db, Arc::clone(&broker), "bench")
         .stream(StreamConfig::new(&stream, &[&format!("{name}.>")]));
     let running = service.start().await.unwrap();
-    let published = async || broker.stream_info(&stream).await.map_or(0, |i| i.messages);
-    while published().await == 0 {
-        tokio::time::sleep(Duration::from_millis(1)).await;
-    }
-    let (started, first) = (Instant::now(), published().await);
-    while published().await < PUBLISHED {
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
-    let speed = (published().await - first) as f64 / started.elapsed().as_secs_f64();
+    let speed = library::relayed(&broker, &stream, PUBLISHED).await;
     running.shutdown(Duration::from_secs(5)).await;
     speed
 }

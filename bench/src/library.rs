@@ -16,9 +16,9 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::{Figure, floor, percentile};
+use crate::{Figure, cpu, floor, percentile, statements};
 
-const EVENTS: usize = 40_000;
+const EVENTS: usize = 100_000;
 
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema, Event)]
 #[event(type = "things.made", version = 1)]
@@ -72,12 +72,12 @@ async fn relay(nats: &NatsServer, postgres: &PostgresServer, broker: &Arc<dyn Br
     }
     let service = Service::new(ServiceConfig::default(), db.clone(), Arc::clone(broker), "bench")
         .stream(StreamConfig::new("THINGS", &["things.>"]));
-    let started = Instant::now();
+    statements::forget(postgres);
+    let (started, used) = (Instant::now(), cpu::by_program());
     let running = start(service).await;
-    while broker.stream_info("THINGS").await.map_or(0, |i| i.messages) < EVENTS as u64 {
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
-    let reached = EVENTS as f64 / started.elapsed().as_secs_f64();
+    let reached = relayed(broker, "THINGS", EVENTS as u64).await;
+    println!("relay: {}", cpu::since(&used, started.elapsed().as_secs_f64()));
+    statements::print(postgres);
     let mut figures = vec![Figure {
         what: "relay, a backlog in PostgreSQL",
         reached,
@@ -118,6 +118,21 @@ async fn relay(nats: &NatsServer, postgres: &PostgresServer, broker: &Arc<dyn Br
     }
     running.shutdown(Duration::from_secs(5)).await;
     figures
+}
+
+/// Events a second that a relay publishes to a stream, from its first until there are so many.
+pub async fn relayed(broker: &Arc<dyn Broker>, stream: &str, until: u64) -> f64 {
+    let published = async || broker.stream_info(stream).await.map_or(0, |i| i.messages);
+    while published().await == 0 {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    let (started, first) = (Instant::now(), published().await);
+    let mut last = first;
+    while last < until {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+        last = published().await;
+    }
+    (last - first) as f64 / started.elapsed().as_secs_f64()
 }
 
 async fn consume(nats: &NatsServer, postgres: &PostgresServer, broker: &Arc<dyn Broker>) -> Vec<Figure> {

@@ -90,8 +90,10 @@ fn users(services: &[(&str, Scope)]) -> String {
     );
     for (name, scope) in services {
         let rights = rights(scope, &format!("_INBOX_{name}"));
-        let list =
-            |subjects: &[String]| subjects.iter().map(|s| format!("      {s:?}\n")).collect::<String>();
+        let list = |subjects: &[String]| {
+            let quoted: Vec<String> = subjects.iter().map(|s| format!("      {s:?}\n")).collect();
+            quoted.concat()
+        };
         text.push_str(&format!(
             "  {{ user: {name}, password: $NATS_{}_PASSWORD, permissions: {{\n    publish: [\n{}    ]\n    subscribe: [\n{}    ]\n  }} }}\n",
             name.to_uppercase(),

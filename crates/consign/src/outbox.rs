@@ -9,9 +9,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures_util::future::OptionFuture;
 use thiserror::Error;
+use tokio::task::JoinError;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 use uuid::Uuid;
 
 use crate::broker::{Broker, Message, PubAck, PublishError};
@@ -23,6 +26,8 @@ use crate::{Timestamp, telemetry};
 
 /// Rows published per round; the next round's rows gather meanwhile, so rounds grow with the load.
 const BATCH: usize = 1024;
+/// While express rows wait, every so many rounds are the standard ones'.
+const STANDARD_TURN: u32 = 4;
 /// How often the relay looks without having been woken.
 const SWEEP: Duration = Duration::from_secs(5);
 /// A publish that takes longer is repeated with the same id.
@@ -186,6 +191,7 @@ pub(crate) async fn relay(db: Db, broker: Arc<dyn Broker>, stop: CancellationTok
         sweep: true,
         swept: Claimed::default(),
         answered: Answered::default(),
+        sweeps: 0,
         counts: None,
     };
     loop {
@@ -228,6 +234,8 @@ pub(crate) async fn relay(db: Db, broker: Arc<dyn Broker>, stop: CancellationTok
 enum RelayError {
     #[error("database")]
     Db(#[from] DbError),
+    #[error("a part of the relay ended before its time")]
+    Ended(#[from] JoinError),
     #[error("the broker acknowledged none of {count} events")]
     Refused {
         count: usize,
@@ -259,6 +267,8 @@ struct Relay {
     sweep: bool,
     swept: Claimed,
     answered: Answered,
+    /// Rounds that read the table.
+    sweeps: u32,
     /// When the pending rows may be counted again.
     counts: Option<Instant>,
 }
@@ -284,7 +294,7 @@ impl Relay {
         if self.sweep && !shared {
             // What is in memory is in the table too, and no row is held: it must not be read again while it is under way.
             mark(&self.db, mem::take(&mut answered)).await?;
-            self.swept = claim(&self.db).await?;
+            self.swept = claim_in_turn(self.db.clone(), self.turn()).await?;
             self.sweep = !self.swept.rows.is_empty();
         }
         let Claimed { mut rows, held } = mem::take(&mut self.swept);
@@ -296,21 +306,27 @@ impl Relay {
             let known: HashSet<i64> = rows.iter().map(|(seq, _)| *seq).collect();
             rows.extend(fresh.into_iter().filter(|(seq, _)| !known.contains(seq)));
         }
-        let sweeping = self.sweep && shared;
-        let claiming = async { if sweeping { claim(&self.db).await.map(Some) } else { Ok(None) } };
+        // Each on a thread of its own: reading rows and writing headers take as long as the servers do.
+        let claiming = (self.sweep && shared)
+            .then(|| AbortOnDropHandle::new(tokio::spawn(claim_in_turn(self.db.clone(), self.turn()))));
+        let db = self.db.clone();
+        let marking = AbortOnDropHandle::new(tokio::spawn(async move { mark(&db, answered).await }));
         let count = rows.len();
-        let (published, claimed, marked) = tokio::join!(
-            publish(&self.db, self.broker.as_ref(), Claimed { rows, held }),
-            claiming,
-            mark(&self.db, answered)
-        );
+        let published = publish(&self.db, self.broker.as_ref(), Claimed { rows, held }).await;
+        let (claimed, marked) = (OptionFuture::from(claiming).await, marking.await);
         self.answered = published?;
-        if let Some(claimed) = claimed? {
-            self.sweep = !claimed.rows.is_empty();
-            self.swept = claimed;
+        if let Some(claimed) = claimed {
+            self.swept = claimed??;
+            self.sweep = !self.swept.rows.is_empty();
         }
-        marked?;
+        marked??;
         Ok(under_way + count + self.swept.rows.len())
+    }
+
+    /// From which lane on the next round reads: express rows go first, but every so many rounds it is the others' turn.
+    fn turn(&mut self) -> Lane {
+        self.sweeps = self.sweeps.wrapping_add(1);
+        if self.sweeps.is_multiple_of(STANDARD_TURN) { Lane::Standard } else { Lane::Express }
     }
 
     /// Other replicas change what is pending, so it is counted now and then; of a long backlog, rarely.
@@ -324,26 +340,28 @@ impl Relay {
     }
 }
 
-/// Rows the broker has not acknowledged and nobody is publishing, the express ones first; where there are other replicas, they are locked,
-/// and skip each other's. It selects what is pending, never what has a greater number: a row that commits late is not passed over.
-async fn claim(db: &Db) -> Result<Claimed, RelayError> {
-    let mut held = if db.is_shared() { Some(db.begin().await?) } else { None };
-    let mut found = Vec::new();
-    for (lane, share) in [(Lane::Express, BATCH - BATCH / 4), (Lane::Standard, BATCH)] {
-        let room = share.saturating_sub(found.len());
-        if room == 0 {
-            continue;
-        }
-        let text = "SELECT p.seq, o.msg_id, o.subject, o.headers, o.payload
-             FROM (SELECT seq FROM outbox_pending WHERE lane = $1 AND not_before <= $2 ORDER BY seq LIMIT $3 {skip}) AS p
-             JOIN outbox o ON o.seq = p.seq ORDER BY p.seq";
-        let query = match &mut held {
-            Some(tx) => tx.query(text),
-            None => db.query(text),
-        };
-        let rows = query.bind(lane.number()).bind(db.clock().now()).bind(room).fetch_all().await?;
-        found.extend(rows);
+async fn claim_in_turn(db: Db, turn: Lane) -> Result<Claimed, RelayError> {
+    let claimed = claim(&db, turn).await?;
+    if claimed.rows.is_empty() && turn == Lane::Standard {
+        return claim(&db, Lane::Express).await;
     }
+    Ok(claimed)
+}
+
+/// Rows the broker has not acknowledged and nobody is publishing, from this lane on; where there are other replicas, they are locked, and
+/// skip each other's. It selects what is pending, never what has a greater number: a row that commits late is not passed over.
+async fn claim(db: &Db, from: Lane) -> Result<Claimed, RelayError> {
+    // By a range of lanes, in the index's order: of a table that grew since it was last analysed, the planner would believe that an equality
+    // finds a handful, and read and sort all of it for each round.
+    let text = "SELECT p.seq, o.msg_id, o.subject, o.headers, o.payload
+         FROM (SELECT lane, seq FROM outbox_pending WHERE lane >= $1 AND not_before <= $2 ORDER BY lane, seq LIMIT $3 {skip}) AS p
+         JOIN outbox o ON o.seq = p.seq ORDER BY p.lane, p.seq";
+    let mut held = if db.is_shared() { Some(db.begin().await?) } else { None };
+    let query = match &mut held {
+        Some(tx) => tx.query(text),
+        None => db.query(text),
+    };
+    let found = query.bind(from.number()).bind(db.clock().now()).bind(BATCH).fetch_all().await?;
     let message = |row: &Row| {
         Ok::<_, DbError>((
             row.get("seq")?,

@@ -30,6 +30,23 @@ pub struct Message {
 }
 
 impl Message {
+    /// Whether a broker can carry it: NATS writes headers as lines, `name: value`.
+    pub(crate) fn check(&self) -> Result<(), PublishError> {
+        if !is_valid_subject(&self.subject) {
+            return Err(PublishError::InvalidSubject(self.subject.clone()));
+        }
+        let breaks_line = |value: &str| value.bytes().any(|b| b == b'\r' || b == b'\n');
+        let names = |name: &str| !name.is_empty() && name.bytes().all(|b| b.is_ascii_graphic() && b != b':');
+        let header = self.headers.iter().find(|(name, value)| !names(name) || breaks_line(value));
+        if let Some((name, _)) = header {
+            return Err(PublishError::InvalidHeader(name.clone()));
+        }
+        if self.msg_id.as_deref().is_some_and(breaks_line) {
+            return Err(PublishError::InvalidHeader("Nats-Msg-Id".into()));
+        }
+        Ok(())
+    }
+
     /// A header's value; names are compared without case.
     pub fn header(&self, name: &str) -> Option<&str> {
         self.headers.iter().find(|(n, _)| n.eq_ignore_ascii_case(name)).map(|(_, v)| v.as_str())
@@ -237,6 +254,9 @@ pub enum PublishError {
     /// The subject is not one that can be published to. Not stored.
     #[error("`{0}` is no valid subject to publish to")]
     InvalidSubject(String),
+    /// A header's name is not printable ASCII without `:`, or its value breaks the line. Not stored.
+    #[error("header {0:?} cannot be sent: names are printable ASCII without colons, values are one line")]
+    InvalidHeader(String),
     /// No answer: it may have been stored.
     #[error("the broker did not answer: {0}")]
     Unknown(String),

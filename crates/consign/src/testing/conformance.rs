@@ -190,7 +190,22 @@ async fn duplicates(subject: &impl Subject) {
 
 async fn no_stream(subject: &impl Subject) {
     let broker = with_stream(subject, stream()).await;
-    let answers = broker.publish(vec![message("t.a", "1"), message("s.*", "2"), message("s.a", "3")]).await;
+    let with_header = |name: &str, value: &str| Message {
+        headers: vec![(name.to_owned(), value.to_owned())],
+        ..message("s.a", name)
+    };
+    let answers = broker
+        .publish(vec![
+            message("t.a", "1"),
+            message("s.*", "2"),
+            message("s.a", "3"),
+            with_header("two", "lines\r\nforged: yes"),
+            with_header("a colon:", "x"),
+        ])
+        .await;
+    for refused in &answers[3..] {
+        assert!(matches!(refused, Err(PublishError::InvalidHeader(_))), "{refused:?}");
+    }
     assert!(matches!(answers[0], Err(PublishError::NoStream(_))), "{:?}", answers[0]);
     assert!(matches!(answers[1], Err(PublishError::InvalidSubject(_))), "{:?}", answers[1]);
     assert!(answers[2].is_ok(), "one refused message does not hold up the others");

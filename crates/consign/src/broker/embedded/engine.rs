@@ -10,7 +10,7 @@ use tokio::time::Instant;
 
 use super::file::{FileStore, Journal, StreamRecord};
 use super::{Command, Reply};
-use crate::broker::subject::{is_valid_filter, is_valid_subject, matches, overlap};
+use crate::broker::subject::{is_valid_filter, matches, overlap};
 use crate::broker::{
     BrokerError, ConsumerConfig, ConsumerInfo, DeliverPolicy, Delivery, Discard, Message, PubAck,
     PublishError, Settlement, StoredMessage, StreamConfig, StreamInfo,
@@ -410,9 +410,7 @@ impl Engine {
     }
 
     async fn publish(&mut self, message: Message) -> Result<PubAck, PublishError> {
-        if !is_valid_subject(&message.subject) {
-            return Err(PublishError::InvalidSubject(message.subject));
-        }
+        message.check()?;
         let now = self.clock.now();
         let Some(s) = self.streams.values_mut().find(|s| s.stores(&message.subject)) else {
             return Err(PublishError::NoStream(message.subject));

@@ -98,16 +98,15 @@ impl NatsBroker {
 
     /// Sends a message; its acknowledgement is waited for by whoever awaits what is returned.
     async fn send(&self, message: Message) -> Result<PublishAckFuture, PublishError> {
+        // The client would panic.
+        message.check()?;
         let Message { subject, msg_id, headers, payload } = message;
-        if !is_valid_subject(&subject) {
-            return Err(PublishError::InvalidSubject(subject));
-        }
         let mut map = HeaderMap::new();
-        for (name, value) in &headers {
-            map.append(name.as_str(), value.as_str());
+        for (name, value) in headers {
+            map.append(name.as_str(), value);
         }
-        if let Some(id) = &msg_id {
-            map.insert(NATS_MESSAGE_ID, id.as_str());
+        if let Some(id) = msg_id {
+            map.insert(NATS_MESSAGE_ID, id);
         }
         let publish = PublishMessage::build().payload(payload).headers(map);
         self.context
