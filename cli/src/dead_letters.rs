@@ -10,7 +10,7 @@ use consign::{Clock, Timestamp};
 use serde_json::{Value, json};
 
 use crate::client::{Client, ClientError};
-use crate::output::{Format, text};
+use crate::output::{Format, bar, text};
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
@@ -31,7 +31,13 @@ pub enum Command {
         id: String,
     },
     /// Run dead letters again, each for the consumer that failed.
-    Redrive(Change),
+    Redrive {
+        #[command(flatten)]
+        change: Change,
+        /// No more than so many a second, of each service.
+        #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..))]
+        rate: u32,
+    },
     /// Give dead letters up; they stay on record.
     Discard(Change),
 }
@@ -122,12 +128,19 @@ pub async fn run(command: Command, services: &Services, format: Format) -> Resul
             }
             Err(format!("no service has a dead letter {id}").into())
         }
-        Command::Redrive(change) => apply(&change, "redrive", services, format).await,
-        Command::Discard(change) => apply(&change, "discard", services, format).await,
+        Command::Redrive { change, rate } => apply(&change, "redrive", Some(rate), services, format).await,
+        Command::Discard(change) => apply(&change, "discard", None, services, format).await,
     }
 }
 
-async fn apply(change: &Change, action: &str, services: &Services, format: Format) -> Result<(), BoxError> {
+/// Finds what is meant, and does it: in steps of a tenth of a second, if there is a rate.
+async fn apply(
+    change: &Change,
+    action: &str,
+    rate: Option<u32>,
+    services: &Services,
+    format: Format,
+) -> Result<(), BoxError> {
     let reason = match &change.filter.reason {
         Some(word) => Some(serde_json::from_value(json!(word)).map_err(|e| format!("--reason {word}: {e}"))?),
         None => None,
@@ -141,30 +154,70 @@ async fn apply(change: &Change, action: &str, services: &Services, format: Forma
         event: change.filter.event.clone(),
         reason,
     };
-    let body = json!({"filter": filter, "all": change.all, "force": change.force, "dry_run": change.dry_run});
+    let path = format!("/admin/dead-letters/{action}");
     let mut total = 0;
     for (service, client) in services {
-        let done: Value = client.post(&format!("/admin/dead-letters/{action}"), &body).await?;
-        let ids = done["ids"].as_array().cloned().unwrap_or_default();
-        total += ids.len();
-        for id in &ids {
-            match format {
-                Format::Json => println!(
-                    "{}",
-                    json!({"service": service, "id": id, "action": action, "dry_run": change.dry_run})
-                ),
-                Format::Table => println!(
-                    "{service}  {}  {action}{}",
-                    text(id),
-                    if change.dry_run { " (dry run)" } else { "" }
-                ),
-            }
+        let body = |filter: &Filter, all: bool, dry_run: bool| json!({"filter": filter, "all": all, "force": change.force, "dry_run": dry_run});
+        let found: Value = client.post(&path, &body(&filter, change.all, true)).await?;
+        let found: Vec<String> = found["ids"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .filter_map(|id| id.as_str().map(str::to_owned))
+            .collect();
+        total += found.len();
+        if change.dry_run {
+            print_changed(service, &found, action, true, format);
+            continue;
         }
+        let (step, pause) = steps(rate, found.len());
+        let bar = bar(found.len() as u64, format!("{action} in {service}"));
+        for (n, ids) in found.chunks(step).enumerate() {
+            if n > 0 {
+                tokio::time::sleep(pause).await;
+            }
+            let those = Filter { ids: Some(ids.to_vec()), ..Filter::default() };
+            let done: Value = client.post(&path, &body(&those, false, false)).await?;
+            // Somebody else may have been faster with some of them.
+            let done: Vec<String> = done["ids"]
+                .as_array()
+                .into_iter()
+                .flatten()
+                .filter_map(|id| id.as_str().map(str::to_owned))
+                .collect();
+            bar.suspend(|| print_changed(service, &done, action, false, format));
+            bar.inc(ids.len() as u64);
+        }
+        bar.finish_and_clear();
     }
     if total == 0 {
         return Err("no open dead letter matches".into());
     }
     Ok(())
+}
+
+/// How many at a time, and how long between.
+fn steps(rate: Option<u32>, all: usize) -> (usize, Duration) {
+    /// What one request may name.
+    const MOST: usize = 1000;
+    match rate {
+        None => (all.clamp(1, MOST), Duration::ZERO),
+        Some(rate) if rate < 10 => (1, Duration::from_secs(1) / rate),
+        Some(rate) => ((rate as usize / 10).min(MOST), Duration::from_millis(100)),
+    }
+}
+
+fn print_changed(service: &str, ids: &[String], action: &str, dry_run: bool, format: Format) {
+    for id in ids {
+        match format {
+            Format::Json => {
+                println!("{}", json!({"service": service, "id": id, "action": action, "dry_run": dry_run}));
+            }
+            Format::Table => {
+                println!("{service}  {id}  {action}{}", if dry_run { " (dry run)" } else { "" });
+            }
+        }
+    }
 }
 
 fn print_list(letters: &[Value], format: Format) -> Result<(), BoxError> {
@@ -180,4 +233,20 @@ fn print_list(letters: &[Value], format: Format) -> Result<(), BoxError> {
     }
     println!("{table}\n{} dead letter(s)", letters.len());
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn steps_keep_the_rate() {
+        for rate in [1, 3, 9, 10, 55, 100, 5000, 1_000_000] {
+            let (step, pause) = steps(Some(rate), 100_000);
+            let each = pause / u32::try_from(step).unwrap();
+            assert!(each >= Duration::from_secs(1) / (rate + 1), "{rate}: {step} each {pause:?}");
+            assert!((1..=1000).contains(&step));
+        }
+        assert_eq!(steps(None, 5), (5, Duration::ZERO));
+    }
 }

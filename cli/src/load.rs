@@ -12,7 +12,7 @@ use clap::Args;
 use comfy_table::Table;
 use consign::Timestamp;
 use consign::handler::BoxError;
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::ProgressBar;
 use rand::RngExt;
 use reqwest::Method;
 use serde::{Deserialize, Serialize};
@@ -21,7 +21,7 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use crate::client::Client;
-use crate::output::Format;
+use crate::output::{Format, bar};
 
 #[derive(Clone, Debug, Args)]
 pub struct Options {
@@ -82,15 +82,6 @@ impl Percentiles {
         samples.sort_by(f64::total_cmp);
         let at = |q: f64| samples[((samples.len() as f64 * q).ceil() as usize).clamp(1, samples.len()) - 1];
         Self { p50: at(0.5), p99: at(0.99), p999: at(0.999), max: at(1.0) }
-    }
-}
-
-fn bar(len: u64, message: &'static str) -> ProgressBar {
-    let style = ProgressStyle::with_template("{msg:<10} {bar:40} {pos}/{len} {per_sec} eta {eta}");
-    let bar = ProgressBar::new(len).with_message(message);
-    match style {
-        Ok(style) => bar.with_style(style),
-        Err(_) => bar,
     }
 }
 

@@ -18,7 +18,7 @@ use tokio_util::task::AbortOnDropHandle;
 use uuid::Uuid;
 
 use crate::broker::{Broker, Message, PubAck, PublishError};
-use crate::db::{Db, DbError, Json, Row, Tx, TxState};
+use crate::db::{Db, DbError, Row, Tx, TxState};
 use crate::event::{Cause, Envelope, Event, EventId, Lane};
 use crate::retry::Backoff;
 use crate::schema::{self, SchemaViolation};
@@ -121,6 +121,24 @@ pub(crate) fn record<E: Event>(
     Ok(Recorded { event_id: id, lane: emission.lane, message, created_at: now })
 }
 
+/// Headers as the table keeps them: JSON, which no database ever looks into.
+#[expect(clippy::expect_used, reason = "text is always valid JSON")]
+fn headers_text(headers: &[(String, String)]) -> String {
+    serde_json::to_string(headers).expect("text")
+}
+
+/// A row of the outbox as it is published.
+pub(crate) fn message(row: &Row) -> Result<Message, DbError> {
+    let headers: String = row.get("headers")?;
+    Ok(Message {
+        subject: row.get("subject")?,
+        msg_id: Some(row.get("msg_id")?),
+        headers: serde_json::from_str(&headers)
+            .map_err(|e| DbError::Sql(sqlx::Error::Decode(Box::new(e))))?,
+        payload: row.get("payload")?,
+    })
+}
+
 /// Two statements at most, however many events. The sequences of the rows, in the events' order. Until `lease` nobody else publishes them.
 pub(crate) async fn write(
     tx: &mut TxState,
@@ -137,7 +155,7 @@ pub(crate) async fn write(
             r.event_id,
             r.message.msg_id.as_deref().unwrap_or_default(),
             r.message.subject.as_str(),
-            Json(r.message.headers.clone()),
+            headers_text(&r.message.headers),
             r.message.payload.clone(),
             r.created_at,
             r.lane.number(),
@@ -362,18 +380,8 @@ async fn claim(db: &Db, from: Lane) -> Result<Claimed, RelayError> {
         None => db.query(text),
     };
     let found = query.bind(from.number()).bind(db.clock().now()).bind(BATCH).fetch_all().await?;
-    let message = |row: &Row| {
-        Ok::<_, DbError>((
-            row.get("seq")?,
-            Message {
-                subject: row.get("subject")?,
-                msg_id: Some(row.get("msg_id")?),
-                headers: row.get::<Json<_>>("headers")?.0,
-                payload: row.get("payload")?,
-            },
-        ))
-    };
-    let rows: Vec<_> = found.iter().map(message).collect::<Result<_, _>>()?;
+    let row = |row: &Row| Ok::<_, DbError>((row.get("seq")?, message(row)?));
+    let rows: Vec<_> = found.iter().map(row).collect::<Result<_, _>>()?;
     if rows.is_empty()
         && let Some(tx) = held.take()
     {

@@ -14,8 +14,8 @@ use tokio_util::sync::CancellationToken;
 use crate::broker::{
     Broker, BrokerError, ConsumerConfig, Message, PubAck, PublishError, StreamConfig, StreamInfo,
 };
-use crate::db::{Db, DbError, Json, Row};
-use crate::{Timestamp, telemetry};
+use crate::db::{Db, DbError, Row};
+use crate::{Timestamp, outbox, telemetry};
 
 /// How often it is looked whether a stream went backwards.
 const LOOK: Duration = Duration::from_secs(5);
@@ -171,12 +171,7 @@ async fn published_after(db: &Db, stream: &StreamConfig, after: i64) -> Result<V
     let read = |row: &Row| {
         Ok(Published {
             seq: row.get("seq")?,
-            message: Message {
-                subject: row.get("subject")?,
-                msg_id: Some(row.get("msg_id")?),
-                headers: row.get::<Json<_>>("headers")?.0,
-                payload: row.get("payload")?,
-            },
+            message: outbox::message(row)?,
             stream_seq: row.get("stream_seq")?,
             incarnation: row.get("incarnation")?,
             published_at: row.get("published_at")?,

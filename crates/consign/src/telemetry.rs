@@ -129,6 +129,16 @@ fn describe() {
         "consign_events_handled_total",
         "Events by consumer and outcome: handled, duplicate, retried, dead_lettered, redriven."
     );
+    counter!(
+        "consign_events_republished_total",
+        "Events that a stream had lost, published again from the outbox."
+    );
+    counter!("consign_consumers_rewound_total", "Consumers that stood ahead of their stream and began anew.");
+    counter!(
+        "consign_nats_events_total",
+        "What happened to the connection: connected, disconnected, lame_duck, slow_consumer, …"
+    );
+    counter!("consign_nats_permission_errors_total", "What NATS refused for want of a right.");
     counter!("consign_tasks_total", "Runs of tasks by kind and outcome.");
     counter!("consign_http_requests_total", "HTTP requests by route, method and status.");
     histogram!("consign_http_request_seconds", "Seconds from request to response.");

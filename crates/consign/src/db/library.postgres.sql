@@ -7,7 +7,7 @@ CREATE TABLE outbox (
     event_id   UUID NOT NULL,
     msg_id     TEXT NOT NULL,
     subject    TEXT NOT NULL,
-    headers    JSONB NOT NULL,
+    headers    TEXT NOT NULL,
     payload    BYTEA NOT NULL,
     created_at TIMESTAMPTZ NOT NULL
 );

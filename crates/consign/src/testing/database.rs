@@ -361,15 +361,13 @@ async fn late_commit(subject: &impl Subject) {
     let (broker, running) = publisher(&db).await;
     let mut early = other.begin().await.expect("a transaction");
     // It has taken its number, and commits after greater ones were published.
-    let headers = Json(Vec::<(String, String)>::new());
     early
         .query(
             "WITH new AS (INSERT INTO outbox (event_id, msg_id, subject, headers, payload, created_at)
-                          VALUES ($1, 'late', 'things.counted.v1.standard', $2, $3, $4) RETURNING seq)
-             INSERT INTO outbox_pending (seq, lane, not_before) SELECT seq, 1, $4 FROM new",
+                          VALUES ($1, 'late', 'things.counted.v1.standard', '[]', $2, $3) RETURNING seq)
+             INSERT INTO outbox_pending (seq, lane, not_before) SELECT seq, 1, $3 FROM new",
         )
         .bind(Uuid::now_v7())
-        .bind(headers)
         .bind(Bytes::from_static(b"{\"n\":7}"))
         .bind(Timestamp::from_millis(0))
         .execute()
