@@ -9,8 +9,8 @@ use bytes::Bytes;
 use consign::testing::servers::{NatsServer, PostgresServer};
 use futures_util::StreamExt;
 
-/// About as large as an event with its headers.
-const BODY: usize = 512;
+/// As large as an order's event with its headers, some 250 and 500 bytes.
+const BODY: usize = 750;
 const WINDOW: usize = 512;
 
 async fn context(nats: &NatsServer) -> jetstream::Context {
@@ -26,17 +26,17 @@ async fn make_stream(context: &jetstream::Context, name: &str) {
     context.create_stream(config).await.unwrap();
 }
 
-/// Pipelined publishes with message ids, a second.
-pub async fn publish(nats: &NatsServer, name: &str, count: usize) -> f64 {
+/// Pipelined publishes with message ids, of so many bytes each, a second.
+pub async fn publish(nats: &NatsServer, name: &str, count: usize, body: usize) -> f64 {
     let context = context(nats).await;
     make_stream(&context, name).await;
     let started = Instant::now();
-    publish_to(&context, &format!("{}.a", name.to_lowercase()), count).await;
+    publish_to(&context, &format!("{}.a", name.to_lowercase()), count, body).await;
     count as f64 / started.elapsed().as_secs_f64()
 }
 
-async fn publish_to(context: &jetstream::Context, subject: &str, count: usize) {
-    let body = Bytes::from(vec![b'x'; BODY]);
+async fn publish_to(context: &jetstream::Context, subject: &str, count: usize, body: usize) {
+    let body = Bytes::from(vec![b'x'; body]);
     futures_util::stream::iter(0..count)
         .map(|n| {
             let (subject, body) = (subject.to_owned(), body.clone());
@@ -101,7 +101,7 @@ pub async fn transport(nats: &NatsServer, orders: usize) -> f64 {
     let publishing = futures_util::future::join_all(hops.iter().map(|(name, _)| {
         let subject = format!("{}.a", name.to_lowercase());
         let context = context.clone();
-        async move { publish_to(&context, &subject, orders).await }
+        async move { publish_to(&context, &subject, orders, BODY).await }
     }));
     let consuming = futures_util::future::join_all(consumers.iter().map(|c| consume_all(c, orders)));
     tokio::join!(publishing, consuming);

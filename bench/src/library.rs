@@ -19,6 +19,9 @@ use uuid::Uuid;
 use crate::{Figure, cpu, floor, percentile, statements};
 
 const EVENTS: usize = 100_000;
+/// Bytes of an event, and about as many of its headers.
+const BODY: usize = 480;
+const HEADERS: usize = 500;
 
 #[derive(Clone, Debug, Serialize, Deserialize, JsonSchema, Event)]
 #[event(type = "things.made", version = 1)]
@@ -31,7 +34,7 @@ const MIGRATIONS: &[Migration] =
     &[Migration::new(1, "things", "CREATE TABLE things (n BIGINT PRIMARY KEY, body TEXT NOT NULL)")];
 
 fn made(n: usize) -> Made {
-    Made { n: n as u64, body: "x".repeat(480) }
+    Made { n: n as u64, body: "x".repeat(BODY) }
 }
 
 async fn keep(Batch(events): Batch<Made>, mut tx: Tx) -> Result<(), Failure> {
@@ -60,7 +63,7 @@ pub async fn run(nats: &NatsServer, postgres: &PostgresServer) -> Vec<Figure> {
 }
 
 async fn relay(nats: &NatsServer, postgres: &PostgresServer, broker: &Arc<dyn Broker>) -> Vec<Figure> {
-    let bare = floor::publish(nats, "FLOOR", EVENTS).await;
+    let bare = floor::publish(nats, "FLOOR", EVENTS, BODY + HEADERS).await;
     let db = open(postgres, "relay").await;
     // Recorded before the relay runs, so that it alone is measured.
     for chunk in (0..EVENTS).collect::<Vec<_>>().chunks(1000) {

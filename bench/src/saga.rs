@@ -16,7 +16,8 @@ use tokio::task::JoinSet;
 use crate::{Figure, cpu, floor, statements};
 
 const ORDERS: usize = 20_000;
-const CONCURRENCY: usize = 256;
+/// Requests under way at a time.
+const CONCURRENCY: usize = 512;
 const TOKEN: &str = "bench-token";
 
 struct Process {

@@ -75,3 +75,26 @@ async fn services_with_the_least_rights() {
     };
     assert!(order.publish(vec![forged]).await.remove(0).is_err());
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_service_that_finds_no_broker_says_so_and_ends() {
+    let program = consign_tests::program().with_file_name("consign-order");
+    let ended = tokio::process::Command::new(program)
+        .env("CONSIGN_BROKER", "nats")
+        .env("CONSIGN_NATS__URLS", "[\"nats://127.0.0.1:1\"]")
+        .env("CONSIGN_NATS__CONNECT_LIMIT", "1s")
+        .env("CONSIGN_DATABASE", "postgres")
+        .env("CONSIGN_POSTGRES__URL", "postgres://order@127.0.0.1:1/order")
+        .env("CONSIGN_LOG__FORMAT", "json")
+        .output()
+        .await
+        .unwrap();
+    let err = String::from_utf8_lossy(&ended.stderr);
+    assert_eq!(ended.status.code(), Some(2), "{err}");
+    assert!(err.contains("nats://127.0.0.1:1") && err.contains("nats.urls"), "{err}");
+    let attempts = err.lines().filter(|l| l.contains("no connection to NATS yet")).count();
+    assert!(
+        (1..20).contains(&attempts) && err.contains("retry_in"),
+        "each attempt once, with its delay: {err}"
+    );
+}
