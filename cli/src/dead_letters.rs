@@ -158,13 +158,7 @@ async fn apply(
     let mut total = 0;
     for (service, client) in services {
         let body = |filter: &Filter, all: bool, dry_run: bool| json!({"filter": filter, "all": all, "force": change.force, "dry_run": dry_run});
-        let found: Value = client.post(&path, &body(&filter, change.all, true)).await?;
-        let found: Vec<String> = found["ids"]
-            .as_array()
-            .into_iter()
-            .flatten()
-            .filter_map(|id| id.as_str().map(str::to_owned))
-            .collect();
+        let found = ids(&client.post(&path, &body(&filter, change.all, true)).await?);
         total += found.len();
         if change.dry_run {
             print_changed(service, &found, action, true, format);
@@ -172,21 +166,15 @@ async fn apply(
         }
         let (step, pause) = steps(rate, found.len());
         let bar = bar(found.len() as u64, format!("{action} in {service}"));
-        for (n, ids) in found.chunks(step).enumerate() {
+        for (n, some) in found.chunks(step).enumerate() {
             if n > 0 {
                 tokio::time::sleep(pause).await;
             }
-            let those = Filter { ids: Some(ids.to_vec()), ..Filter::default() };
-            let done: Value = client.post(&path, &body(&those, false, false)).await?;
+            let those = Filter { ids: Some(some.to_vec()), ..Filter::default() };
             // Somebody else may have been faster with some of them.
-            let done: Vec<String> = done["ids"]
-                .as_array()
-                .into_iter()
-                .flatten()
-                .filter_map(|id| id.as_str().map(str::to_owned))
-                .collect();
+            let done = ids(&client.post(&path, &body(&those, false, false)).await?);
             bar.suspend(|| print_changed(service, &done, action, false, format));
-            bar.inc(ids.len() as u64);
+            bar.inc(some.len() as u64);
         }
         bar.finish_and_clear();
     }
@@ -194,6 +182,11 @@ async fn apply(
         return Err("no open dead letter matches".into());
     }
     Ok(())
+}
+
+/// Those that an answer names.
+fn ids(answer: &Value) -> Vec<String> {
+    answer["ids"].as_array().into_iter().flatten().filter_map(|id| id.as_str().map(str::to_owned)).collect()
 }
 
 /// How many at a time, and how long between.

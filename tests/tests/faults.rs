@@ -5,13 +5,20 @@
 use std::time::Duration;
 
 use consign::testing::servers::{NATS, NatsServer};
-use consign_tests::fleet::{Fleet, SERVICES};
+use consign_tests::fleet::{Fleet, Load, SERVICES};
 
 /// From the heal: 60 s, and one AckWait.
 const HEALED: Duration = Duration::from_secs(90);
 
 async fn pause(seconds: u64) {
     tokio::time::sleep(Duration::from_secs(seconds)).await;
+}
+
+/// What is to hold after every fault.
+async fn ends_well(fleet: &Fleet, load: Load) {
+    let ids = load.stop().await;
+    fleet.all_end(&ids, HEALED).await;
+    fleet.verify().await;
 }
 
 /// Events in hand of a killed process come again after this; short, so that tests are.
@@ -35,9 +42,7 @@ async fn kill_9_of_each_service_in_turn() {
         fleet.add(service).await;
         load.replicas(&fleet);
     }
-    let ids = load.stop().await;
-    fleet.all_end(&ids, HEALED).await;
-    fleet.verify().await;
+    ends_well(&fleet, load).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -52,9 +57,7 @@ async fn kill_9_of_the_broker() {
     assert_eq!(health["broker"]["connected"], false, "{health}");
     tokio::task::block_in_place(|| fleet.nats[0].start_again());
     pause(2).await;
-    let ids = load.stop().await;
-    fleet.all_end(&ids, HEALED).await;
-    fleet.verify().await;
+    ends_well(&fleet, load).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -66,9 +69,7 @@ async fn a_restart_of_postgres() {
     pause(3).await;
     tokio::task::block_in_place(|| fleet.postgres.start_again());
     pause(2).await;
-    let ids = load.stop().await;
-    fleet.all_end(&ids, HEALED).await;
-    fleet.verify().await;
+    ends_well(&fleet, load).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -81,9 +82,7 @@ async fn the_brokers_whole_store_is_deleted() {
         fleet.nats[0].start_again();
     });
     pause(4).await;
-    let ids = load.stop().await;
-    fleet.all_end(&ids, HEALED).await;
-    fleet.verify().await;
+    ends_well(&fleet, load).await;
     // Done again, with nothing missing, it changes nothing.
     for report in fleet.reconcile().await {
         for stream in report["streams"].as_array().unwrap() {
@@ -106,9 +105,7 @@ async fn kill_9_of_a_node_of_the_cluster() {
         tokio::task::block_in_place(|| fleet.nats[node].start_again());
         pause(4).await;
     }
-    let ids = load.stop().await;
-    fleet.all_end(&ids, HEALED).await;
-    fleet.verify().await;
+    ends_well(&fleet, load).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -123,9 +120,7 @@ async fn a_process_that_is_stopped_for_longer_than_ack_wait() {
         pause(12).await;
         fleet.signal(service, "-CONT").await;
     }
-    let ids = load.stop().await;
-    fleet.all_end(&ids, HEALED).await;
-    fleet.verify().await;
+    ends_well(&fleet, load).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -138,9 +133,7 @@ async fn a_gateway_that_fails_every_call_for_20_s() {
     pause(20).await;
     fleet.gateway(0.0).await;
     pause(2).await;
-    let ids = load.stop().await;
-    fleet.all_end(&ids, HEALED).await;
-    fleet.verify().await;
+    ends_well(&fleet, load).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -153,9 +146,7 @@ async fn postgres_that_refuses_connections_for_20_s() {
     pause(20).await;
     tokio::task::block_in_place(|| fleet.postgres.start_again());
     pause(2).await;
-    let ids = load.stop().await;
-    fleet.all_end(&ids, HEALED).await;
-    fleet.verify().await;
+    ends_well(&fleet, load).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -172,9 +163,7 @@ async fn kill_9_at_random() {
         fleet.add(service).await;
         load.replicas(&fleet);
     }
-    let ids = load.stop().await;
-    fleet.all_end(&ids, HEALED).await;
-    fleet.verify().await;
+    ends_well(&fleet, load).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -208,7 +197,5 @@ async fn a_node_that_nobody_hears_of_for_longer_than_ack_wait() {
         fleet.nats[node].thaw();
         pause(5).await;
     }
-    let ids = load.stop().await;
-    fleet.all_end(&ids, HEALED).await;
-    fleet.verify().await;
+    ends_well(&fleet, load).await;
 }
