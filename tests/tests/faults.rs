@@ -4,6 +4,9 @@
 
 use std::time::Duration;
 
+use consign::broker::nats::NatsBroker;
+use consign::broker::{Broker, Message};
+use consign::testing::partition::Links;
 use consign::testing::servers::{NATS, NatsServer};
 use consign_tests::fleet::{Fleet, Load, SERVICES};
 
@@ -182,6 +185,34 @@ async fn a_rolling_restart_in_order() {
     // What was in hand was finished or given back, so nothing waits for AckWait.
     fleet.all_end(&ids, Duration::from_secs(20)).await;
     fleet.verify().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "cargo xtask test --full"]
+async fn a_node_cut_off_from_the_others_for_longer_than_ack_wait() {
+    let (nats, links) = tokio::task::block_in_place(|| Links::cluster(NATS));
+    let fleet = Fleet::start(nats, 2, &[("CONSIGN_NATS__REPLICAS", "3")]).await;
+    let load = fleet.load(20);
+    // Its clients still reach it, and hear nothing of the streams.
+    for node in 0..3 {
+        pause(2).await;
+        let alone = NatsBroker::connect(&fleet.nats[node].config(), "test").await.unwrap();
+        // Nobody consumes this subject.
+        let probe = |n: u32| Message {
+            subject: "orders.probe".into(),
+            msg_id: Some(format!("probe-{node}-{n}")),
+            headers: Vec::new(),
+            payload: "{}".into(),
+        };
+        alone.publish(vec![probe(1)]).await.remove(0).unwrap();
+        links.cut(node);
+        pause(30).await;
+        let cut_off = alone.publish(vec![probe(2)]).await.remove(0);
+        assert!(cut_off.is_err(), "a node alone has no quorum: {cut_off:?}");
+        links.heal(node);
+        pause(5).await;
+    }
+    ends_well(&fleet, load).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

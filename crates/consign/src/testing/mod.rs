@@ -17,6 +17,8 @@
 pub mod conformance;
 pub mod database;
 #[allow(clippy::expect_used, reason = "in tests, a panic is how a step fails")]
+pub mod partition;
+#[allow(clippy::expect_used, reason = "in tests, a panic is how a step fails")]
 pub mod servers;
 
 use std::future::Future;

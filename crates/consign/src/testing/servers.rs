@@ -22,7 +22,7 @@ pub const OLDEST_NATS: &str = "2.10.25";
 const START: Duration = Duration::from_secs(30);
 
 /// A free port of the loopback, outside the range from which the system takes ports for connections.
-fn free_port() -> u16 {
+pub(super) fn free_port() -> u16 {
     let free = |port: &u16| TcpListener::bind(("127.0.0.1", *port)).is_ok();
     std::iter::repeat_with(|| rand::rng().random_range(10_000..30_000)).find(free).expect("a port")
 }
@@ -114,16 +114,15 @@ impl NatsServer {
     pub fn cluster(version: &str) -> Vec<Self> {
         let routes: Vec<u16> = (0..3).map(|_| free_port()).collect();
         let all: Vec<String> = routes.iter().map(|p| format!("\"nats://127.0.0.1:{p}\"")).collect();
-        let mut servers: Vec<Self> = routes
-            .iter()
-            .map(|route| {
-                let cluster = format!(
-                    "cluster {{ name: test, listen: \"127.0.0.1:{route}\", routes: [{}] }}",
-                    all.join(", ")
-                );
-                Self::spawned(version, &cluster)
-            })
-            .collect();
+        let cluster = |route: &u16| {
+            format!("cluster {{ name: test, listen: \"127.0.0.1:{route}\", routes: [{}] }}", all.join(", "))
+        };
+        Self::together(version, &routes.iter().map(cluster).collect::<Vec<_>>())
+    }
+
+    /// Servers with these lines in their configurations, started before any is waited for.
+    pub(super) fn together(version: &str, configurations: &[String]) -> Vec<Self> {
+        let mut servers: Vec<Self> = configurations.iter().map(|c| Self::spawned(version, c)).collect();
         for server in &mut servers {
             server.wait();
         }

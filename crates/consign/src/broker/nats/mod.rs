@@ -178,6 +178,8 @@ impl ApiError {
                 ErrorCode::CONSUMER_NOT_FOUND => {
                     BrokerError::NoConsumer { stream: stream.to_owned(), consumer: durable.to_owned() }
                 }
+                // A cluster whose nodes have not all found each other yet.
+                ErrorCode::CLUSTER_NO_PEERS => BrokerError::Unavailable(e.to_string()),
                 // No leader, no quorum, out of resources: it may pass.
                 _ if e.code() >= 500 && e.error_code() != ErrorCode::STREAM_INVALID_CONFIG => {
                     BrokerError::Unavailable(e.to_string())
