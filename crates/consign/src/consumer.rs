@@ -18,6 +18,7 @@ use tower::util::BoxCloneSyncService;
 use tower::{Layer, Service, ServiceBuilder, ServiceExt, service_fn};
 use uuid::Uuid;
 
+use crate::breaker::Breaker;
 use crate::broker::{Broker, BrokerError, ConsumerConfig, Delivery, Settlement, StoredMessage};
 use crate::db::{Db, DbError, Slot};
 use crate::dead_letter::{self, Burial, Reason};
@@ -90,6 +91,7 @@ pub struct Consumer<S> {
     options: ConsumerOptions,
     routes: BTreeMap<String, MakeRoute<S>>,
     layers: Vec<Box<dyn Fn(HandlerService) -> HandlerService + Send>>,
+    breaker: Option<Breaker>,
 }
 
 impl<S: Clone + Send + Sync + 'static> Consumer<S> {
@@ -101,6 +103,7 @@ impl<S: Clone + Send + Sync + 'static> Consumer<S> {
             options: ConsumerOptions::default(),
             routes: BTreeMap::new(),
             layers: Vec::new(),
+            breaker: None,
         }
     }
 
@@ -149,6 +152,13 @@ impl<S: Clone + Send + Sync + 'static> Consumer<S> {
         self
     }
 
+    /// Pauses while this breaker, around what its handlers call, is open: nothing is fetched, what is held is kept alive, and no failure is
+    /// counted. Half-open, batches are as large as the probes are many.
+    #[must_use]
+    pub fn behind(self, breaker: &Breaker) -> Self {
+        Self { breaker: Some(breaker.clone()), ..self }
+    }
+
     /// Ready to run: handlers get `state` through `State`.
     pub fn with_state(self, state: S) -> ReadyConsumer {
         let options = self.options;
@@ -163,7 +173,8 @@ impl<S: Clone + Send + Sync + 'static> Consumer<S> {
                 (name, route)
             })
             .collect();
-        ReadyConsumer { name: self.name.as_str().into(), stream: self.stream, options, routes }
+        let breaker = self.breaker;
+        ReadyConsumer { name: self.name.as_str().into(), stream: self.stream, options, routes, breaker }
     }
 }
 
@@ -173,9 +184,14 @@ pub struct ReadyConsumer {
     stream: String,
     options: ConsumerOptions,
     routes: HashMap<String, Route>,
+    breaker: Option<Breaker>,
 }
 
 impl ReadyConsumer {
+    pub(crate) fn breaker(&self) -> Option<&Breaker> {
+        self.breaker.as_ref()
+    }
+
     /// Its name, by which the inbox knows it.
     pub fn name(&self) -> &str {
         &self.name
@@ -308,6 +324,16 @@ impl Worker {
                 bound = true;
                 backoff.reset();
             }
+            let batch = self.batch();
+            let fetch = async {
+                match &self.consumer.breaker {
+                    Some(breaker) if breaker.permits() == 0 => {
+                        breaker.ready().await;
+                        Ok(Vec::new())
+                    }
+                    _ => self.broker.fetch(stream, name, batch, FETCH_WAIT).await,
+                }
+            };
             let fetched = tokio::select! {
                 biased;
                 () = self.stop.cancelled() => break,
@@ -315,7 +341,7 @@ impl Worker {
                     self.redrive_queued().await;
                     continue;
                 }
-                fetched = self.broker.fetch(stream, name, self.batch(), FETCH_WAIT) => fetched,
+                fetched = fetch => fetched,
             };
             match fetched {
                 Ok(deliveries) => {
@@ -342,7 +368,8 @@ impl Worker {
     fn batch(&self) -> usize {
         let batch = self.consumer.options.batch;
         let small = self.lane == Lane::Standard && self.turns.express_recently();
-        if small { (batch / SMALLER).max(1) } else { batch }
+        let batch = if small { (batch / SMALLER).max(1) } else { batch };
+        self.consumer.breaker.as_ref().map_or(batch, |b| batch.min(b.permits().max(1)))
     }
 
     async fn in_turn(&self, deliveries: &[Delivery]) {
@@ -407,14 +434,14 @@ impl Worker {
                     self.settle(group.iter().map(|e| (e.delivery.reply.clone(), Settlement::Ack)).collect())
                         .await;
                 }
-                Err(failure) if failure.fate == Fate::Pause => {
+                Err(failure) if matches!(failure.fate, Fate::Pause | Fate::Rejected) => {
                     let delay = backoff.next();
                     tracing::warn!(
                         consumer = &*self.consumer.name, error = telemetry::chain(&failure), retry_in = ?delay,
                         events = group.len(), "the consumer pauses; no failure is counted"
                     );
                     tokio::select! {
-                        () = tokio::time::sleep(delay) => {}
+                        () = self.pause(delay) => {}
                         // What is held goes back to the broker when AckWait runs out.
                         () = self.stop.cancelled() => return,
                     }
@@ -440,6 +467,13 @@ impl Worker {
                     }
                 }
             }
+        }
+    }
+
+    async fn pause(&self, delay: Duration) {
+        tokio::time::sleep(delay).await;
+        if let Some(breaker) = &self.consumer.breaker {
+            breaker.ready().await;
         }
     }
 

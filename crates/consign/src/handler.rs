@@ -9,6 +9,7 @@ use axum::extract::{FromRef, State};
 use sqlx::postgres::PgDatabaseError;
 use thiserror::Error;
 
+use crate::breaker::Rejected;
 use crate::db::{DbError, Slot, Tx};
 use crate::event::{Envelope, Event, EventId};
 use crate::outbox::EmitError;
@@ -17,7 +18,7 @@ use crate::schema::SchemaViolation;
 /// Any error.
 pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
-/// Why a handler failed, and with it the event's fate.
+/// Why a handler failed, and with it the fate of its event or task.
 #[derive(Debug, Error)]
 #[error("{error}")]
 pub struct Failure {
@@ -27,7 +28,7 @@ pub struct Failure {
     pub(crate) culprit: Option<EventId>,
 }
 
-/// What becomes of an event whose handler failed.
+/// What becomes of an event or a task whose handler failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Fate {
     /// Tried again later; a dead letter after too many.
@@ -36,6 +37,8 @@ pub(crate) enum Fate {
     DeadLetter,
     /// Not the event's fault: the consumer pauses, and nothing is counted.
     Pause,
+    /// A circuit breaker refused the call: so does this, until the breaker lets calls through.
+    Rejected,
 }
 
 impl Failure {
@@ -53,7 +56,8 @@ impl Failure {
         Self::new(Fate::DeadLetter, error)
     }
 
-    /// The infrastructure's fault, not the event's: the consumer pauses and tries again without counting a failure.
+    /// The infrastructure's fault, not the event's: the consumer pauses and tries again without counting a failure; a task is tried again
+    /// later, and the others go on.
     pub fn pause(error: impl Into<BoxError>) -> Self {
         Self::new(Fate::Pause, error)
     }
@@ -62,6 +66,12 @@ impl Failure {
     #[must_use]
     pub fn of(self, event: &Envelope) -> Self {
         Self { culprit: Some(event.id), ..self }
+    }
+}
+
+impl From<Rejected> for Failure {
+    fn from(e: Rejected) -> Self {
+        Self::new(Fate::Rejected, e)
     }
 }
 

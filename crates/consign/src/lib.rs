@@ -55,6 +55,7 @@
 extern crate self as consign;
 
 pub mod advisories;
+pub mod breaker;
 pub mod broker;
 pub mod config;
 pub mod consumer;

@@ -20,6 +20,7 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::breaker::{Breaker, State};
 use crate::broker::{Broker, BrokerError, ConsumerConfig, StreamConfig};
 use crate::config::ServiceConfig;
 use crate::consumer::ReadyConsumer;
@@ -152,6 +153,7 @@ pub struct Service {
     workers: Vec<Worker>,
     prunes: Vec<Prune>,
     routers: Vec<MakeRouter>,
+    breakers: Vec<Breaker>,
     description: &'static str,
 }
 
@@ -188,7 +190,17 @@ impl Service {
                 config.http.idempotency_retention,
             ),
         ];
-        Self { config, db, broker, topology, workers: Vec::new(), prunes, routers: Vec::new(), description }
+        Self {
+            config,
+            db,
+            broker,
+            topology,
+            workers: Vec::new(),
+            prunes,
+            routers: Vec::new(),
+            breakers: Vec::new(),
+            description,
+        }
     }
 
     /// Owns a stream: made at start if it is not there.
@@ -214,7 +226,29 @@ impl Service {
     pub fn tasks<H: TaskHandler>(mut self, handler: H, options: TaskOptions) -> Self {
         let db = self.db.clone();
         let handler = Arc::new(handler);
+        self.breakers.extend(handler.breaker().cloned());
         self.workers.push(Box::new(move |stop| Box::pin(tasks::work(db, handler, options, stop))));
+        self
+    }
+
+    /// Runs `job` now and then every `period`, until the service stops. Each replica does: what must happen once is a task, or a guarded
+    /// update.
+    #[must_use]
+    pub fn every<F>(mut self, period: Duration, job: impl Fn(Db) -> F + Send + 'static) -> Self
+    where
+        F: Future<Output = Result<(), DbError>> + Send + 'static,
+    {
+        let db = self.db.clone();
+        self.workers.push(Box::new(move |stop| {
+            Box::pin(repeat(db, period, Box::new(move |db| Box::pin(job(db))), stop))
+        }));
+        self
+    }
+
+    /// Shows a circuit breaker in `/health`, metrics and `consign breaker`. Those of tasks and consumers are shown by themselves.
+    #[must_use]
+    pub fn breaker(mut self, breaker: &Breaker) -> Self {
+        self.breakers.push(breaker.clone());
         self
     }
 
@@ -260,8 +294,18 @@ impl Service {
                 self.db.set_incarnation(&stream.name, &info.incarnation);
             }
         }
+        let mut breakers: Vec<Breaker> = self
+            .topology
+            .consumers
+            .iter()
+            .filter_map(|c| c.breaker().cloned())
+            .chain(self.breakers)
+            .collect();
+        breakers.sort_by(|a, b| a.name().cmp(b.name()));
+        breakers.dedup_by(|a, b| a.name() == b.name());
         let vitals = Arc::new(Vitals {
             scope: scope.clone(),
+            breakers,
             db: self.db.clone(),
             broker: Arc::clone(&self.broker),
             consumers: self.topology.durables(),
@@ -442,6 +486,7 @@ pub(crate) struct Vitals {
     pub(crate) db: Db,
     pub(crate) broker: Arc<dyn Broker>,
     pub(crate) scope: Scope,
+    pub(crate) breakers: Vec<Breaker>,
     consumers: Vec<(String, String)>,
     outbox_cap: u64,
     stopping: AtomicBool,
@@ -489,7 +534,8 @@ impl Vitals {
             });
         }
         let dead = dead_letter::open_count(&self.db).await.ok();
-        let status = match (&not_ready, broker.connected, dead) {
+        let calls_go_through = self.breakers.iter().all(|b| b.state() == State::Closed);
+        let status = match (&not_ready, broker.connected && calls_go_through, dead) {
             (Some(_), ..) => "failing",
             (None, true, Some(0)) => "ok",
             _ => "degraded",
@@ -498,6 +544,7 @@ impl Vitals {
             "status": status, "service": self.db.service(), "version": env!("CARGO_PKG_VERSION"),
             "not_ready": not_ready, "broker": broker, "consumers": consumers, "dead_letters_open": dead,
             "tasks_due": tasks::due(&self.db).await.ok(),
+            "breakers": self.breakers.iter().map(Breaker::status).collect::<Vec<_>>(),
             "outbox": {
                 "pending": self.db.outbox_depth(), "cap": self.outbox_cap,
                 "oldest_seconds": oldest.map(|t| self.db.clock().now().since(t).as_secs_f64()),
@@ -534,6 +581,21 @@ impl Vitals {
                 set("consign_consumer_ack_pending", info.ack_pending);
                 set("consign_consumer_unsettled_span", info.delivered.saturating_sub(info.ack_floor));
             }
+        }
+    }
+}
+
+type Job = Box<dyn Fn(Db) -> Pin<Box<dyn Future<Output = Result<(), DbError>> + Send>> + Send>;
+
+/// A job of the service's own, until told to stop. What goes wrong is logged, and tried again next time.
+async fn repeat(db: Db, period: Duration, job: Job, stop: CancellationToken) {
+    loop {
+        if let Err(error) = job(db.clone()).await {
+            tracing::warn!(service = db.service(), error = telemetry::chain(&error), retry_in = ?period, "a periodic job failed");
+        }
+        tokio::select! {
+            () = tokio::time::sleep(period) => {}
+            () = stop.cancelled() => return,
         }
     }
 }

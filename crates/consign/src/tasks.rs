@@ -3,6 +3,10 @@
 //! A task is scheduled in a transaction and exists if that commits. A worker leases it, runs it outside any transaction, and
 //! commits its outcome together with its removal. A crash between leaves the lease to run out, and the task runs again; so what it calls must
 //! take an idempotency key.
+//!
+//! A run that fails says why, as a handler of events does: [`Failure::retry`] is counted, and after `retry.limit` of them the task is a dead
+//! letter; [`Failure::dead_letter`] makes it one at once; [`Failure::pause`] is the outside's fault, and tried again for ever. A call refused by
+//! the handler's circuit breaker counts for nothing: the worker leases no tasks until the breaker lets calls through, and others may take them.
 
 use std::collections::{BTreeMap, HashSet};
 use std::panic::AssertUnwindSafe;
@@ -16,9 +20,12 @@ use serde_json::Value;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use crate::breaker::Breaker;
+use crate::broker::{Message, StoredMessage};
 use crate::db::{Db, DbError, Json, Row, Tx, TxState};
+use crate::dead_letter::{self, Burial, Reason};
 use crate::event::{Cause, Lane};
-use crate::handler::BoxError;
+use crate::handler::{BoxError, Failure, Fate};
 use crate::retry::{Backoff, RetryPolicy};
 use crate::{Timestamp, telemetry};
 
@@ -36,10 +43,13 @@ pub struct Leased<T> {
     pub key: String,
     /// What is to be done.
     pub payload: T,
-    /// How often it has been tried, this time included.
+    /// How often it was taken up, this time included: above 1, something may have happened before.
     pub attempts: u32,
+    /// Failures counted against it.
+    pub failures: u32,
     /// Since when it could run.
     pub due_at: Timestamp,
+    created_at: Timestamp,
     /// Express ones run first.
     pub lane: Lane,
     /// What it follows from.
@@ -58,7 +68,7 @@ pub struct TaskOptions {
     /// A task leased for longer is taken over; longer than `timeout`.
     #[serde(with = "humantime_serde")]
     pub lease: Duration,
-    /// Waits between tries; tasks are tried until they end, so the limit does not count here.
+    /// Waits between tries, and how many counted failures make a dead letter.
     pub retry: RetryPolicy,
 }
 
@@ -87,13 +97,17 @@ pub trait TaskHandler: Send + Sync + 'static {
     async fn prepare(&self, tx: &mut Tx, tasks: &[Leased<Self::Task>])
     -> Result<Vec<Self::Context>, DbError>;
 
-    /// Does it, outside any transaction. An error means: later again.
-    async fn run(&self, task: &Leased<Self::Task>, context: &Self::Context)
-    -> Result<Self::Output, BoxError>;
+    /// Does it, outside any transaction. Given up after `timeout`, which counts as [`Failure::pause`].
+    async fn run(&self, task: &Leased<Self::Task>, context: &Self::Context) -> Result<Self::Output, Failure>;
 
     /// Records outcomes, all that have gathered, in the transaction that removes their tasks. May run again for the same outputs if
     /// the transaction fails.
     async fn finish(&self, tx: &mut Tx, done: &[(Leased<Self::Task>, Self::Output)]) -> Result<(), DbError>;
+
+    /// The circuit breaker around what a run calls: while it is open, no tasks are leased.
+    fn breaker(&self) -> Option<&Breaker> {
+        None
+    }
 }
 
 /// A row of `tasks` to be.
@@ -138,6 +152,7 @@ pub(crate) async fn write(
     tx: &mut TxState,
     scheduled: &[Scheduled],
     cancelled: &[(&'static str, String)],
+    expedited: &[(&'static str, String)],
 ) -> Result<(), DbError> {
     let now = tx.db().clock().now();
     if !scheduled.is_empty() {
@@ -164,12 +179,7 @@ pub(crate) async fn write(
         .execute()
         .await?;
     }
-    let mut by_kind: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
-    for (kind, key) in cancelled {
-        by_kind.entry(kind).or_default().push(key);
-    }
-    for (kind, mut keys) in by_kind {
-        keys.sort_unstable();
+    for (kind, keys) in by_kind(cancelled) {
         tx.query_each(
             "DELETE FROM tasks WHERE kind = $1 AND lease_until <= $2 AND key IN (SELECT k FROM {$3: k})",
             // Somebody who has one of them locked is at it. Each is looked up by itself: together, the planner may read all of the kind.
@@ -183,7 +193,32 @@ pub(crate) async fn write(
         .execute()
         .await?;
     }
+    for (kind, keys) in by_kind(expedited) {
+        tx.query_each(
+            "UPDATE tasks SET due_at = $2 WHERE kind = $1 AND lease_until <= $2 AND due_at > $2 AND key IN (SELECT k FROM {$3: k})",
+            "WITH free AS (SELECT one.id FROM {$3: k} CROSS JOIN LATERAL
+                            (SELECT id FROM tasks WHERE kind = $1 AND key = r.k AND lease_until <= $2 AND due_at > $2 LIMIT 1 {skip}) AS one)
+             UPDATE tasks SET due_at = $2 FROM free WHERE tasks.id = free.id",
+        )
+        .bind(kind)
+        .bind(now)
+        .rows(keys.into_iter().map(|k| (k,)))
+        .execute()
+        .await?;
+    }
     Ok(())
+}
+
+/// Keys of each kind, sorted, so that replicas that want the same ones wait for each other rather than in a circle.
+fn by_kind<'a>(keys: &'a [(&'static str, String)]) -> BTreeMap<&'static str, Vec<&'a str>> {
+    let mut by_kind: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    for (kind, key) in keys {
+        by_kind.entry(kind).or_default().push(key);
+    }
+    for keys in by_kind.values_mut() {
+        keys.sort_unstable();
+    }
+    by_kind
 }
 
 /// Works off one kind of task until told to stop, then finishes what is under way.
@@ -202,7 +237,7 @@ pub(crate) async fn work<H: TaskHandler>(
 const LOOK: Duration = Duration::from_secs(10);
 
 /// A task that was run, and what came of it.
-type Ran<H> = (Leased<<H as TaskHandler>::Task>, Result<<H as TaskHandler>::Output, BoxError>);
+type Ran<H> = (Leased<<H as TaskHandler>::Task>, Result<<H as TaskHandler>::Output, Failure>);
 
 struct Worker<H: TaskHandler> {
     db: Db,
@@ -219,6 +254,8 @@ impl<H: TaskHandler> Worker<H> {
     async fn run(mut self, stop: CancellationToken) {
         let kind = H::Task::KIND;
         let mut wake = self.db.tasks_wake().subscribe();
+        let mut redrive = self.db.redrive_wake().subscribe();
+        redrive.mark_changed();
         let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(10));
         let mut released = false;
         self.next_due = [Some(self.db.clock().now()); 2];
@@ -258,6 +295,16 @@ impl<H: TaskHandler> Worker<H> {
                 return;
             }
             let full = self.running.len() >= self.options.concurrency;
+            // Open, or half-open with all probes out: nothing can be begun before that changes.
+            let paused = !full && self.allowed() == 0;
+            let breaker = self.handler.breaker().filter(|b| b.permits() == 0).cloned();
+            let resumes = async {
+                match breaker {
+                    Some(breaker) => breaker.ready().await,
+                    // The probes are under way; what changes is that they end.
+                    None => std::future::pending().await,
+                }
+            };
             let now = self.db.clock().now();
             // A lane without room waits for one of its tasks to end.
             let next_due =
@@ -265,6 +312,8 @@ impl<H: TaskHandler> Worker<H> {
             let idle = next_due.min().map_or(LOOK, |t| t.since(now).min(LOOK));
             tokio::select! {
                 Some(first) = self.running.join_next(), if !self.running.is_empty() => self.collect(first).await,
+                () = resumes, if paused && !stop.is_cancelled() => {}
+                _ = redrive.changed(), if !stop.is_cancelled() => self.redrive_queued().await,
                 _ = wake.changed(), if !full && !stop.is_cancelled() => {}
                 () = tokio::time::sleep(idle), if !full && !stop.is_cancelled() => {
                     let now = self.db.clock().now();
@@ -282,10 +331,20 @@ impl<H: TaskHandler> Worker<H> {
         *next = Some(next.map_or(due, |t| t.min(due)));
     }
 
+    /// How many more the circuit breaker lets begin, if there is one.
+    fn allowed(&self) -> usize {
+        match self.handler.breaker().map(Breaker::permits) {
+            None | Some(usize::MAX) => usize::MAX,
+            Some(0) => 0,
+            // Those under way are, or will be, among the probes.
+            Some(probes) => probes.saturating_sub(self.running.len()),
+        }
+    }
+
     /// How many more of a lane may run: standard ones leave room for express ones to come.
     fn room(&self, lane: Lane) -> usize {
         let all = self.options.concurrency;
-        let free = all.saturating_sub(self.running.len());
+        let free = all.saturating_sub(self.running.len()).min(self.allowed());
         match lane {
             Lane::Express => free,
             Lane::Standard => free.min((all - all / 4).saturating_sub(self.at_work[index(lane)])),
@@ -389,52 +448,174 @@ impl<H: TaskHandler> Worker<H> {
     async fn settle(
         &mut self,
         done: &mut Vec<(Leased<H::Task>, H::Output)>,
-        failed: &[(Leased<H::Task>, BoxError)],
+        failed: &[(Leased<H::Task>, Failure)],
     ) -> Result<(), DbError> {
         let mut tx = self.db.begin().await?;
         if !done.is_empty() {
-            // Attempts fence: who lost the lease to somebody else finds its row changed.
-            let mut keys: Vec<(i64, u32)> = done.iter().map(|(t, _)| (t.id, t.attempts)).collect();
-            keys.sort_unstable();
-            let rows = tx
-                .query("DELETE FROM tasks WHERE (id, attempts) IN (SELECT i, n FROM {$1: i, n}) RETURNING id")
-                .rows(keys)
-                .fetch_all()
-                .await?;
-            let ours: HashSet<i64> = rows.iter().map(|r| r.get("id")).collect::<Result<_, _>>()?;
+            let ours = remove(&mut tx, done.iter().map(|(t, _)| (t.id, t.attempts)).collect()).await?;
             done.retain(|(t, _)| ours.contains(&t.id));
             self.handler.finish(&mut tx, done).await?;
         }
-        if !failed.is_empty() {
-            let now = self.db.clock().now();
-            let mut rows: Vec<(i64, u32, Timestamp, String)> = failed
-                .iter()
-                .map(|(t, e)| {
-                    let due = now + self.options.retry.delay(t.attempts);
-                    let next = &mut self.next_due[index(t.lane)];
-                    *next = Some(next.map_or(due, |t| t.min(due)));
-                    (t.id, t.attempts, due, telemetry::chain(e.as_ref()))
-                })
-                .collect();
-            rows.sort_unstable();
+        let limit = self.options.retry.limit;
+        let dead: Vec<(&Leased<H::Task>, &Failure, Reason)> =
+            failed.iter().filter_map(|(t, f)| Some((t, f, verdict(t, f, limit)?))).collect();
+        if !dead.is_empty() {
+            let ours = remove(&mut tx, dead.iter().map(|(t, ..)| (t.id, t.attempts)).collect()).await?;
+            for (task, failure, reason) in dead.iter().filter(|(t, ..)| ours.contains(&t.id)) {
+                bury(&mut tx, task, failure, *reason).await?;
+            }
+        }
+        let now = self.db.clock().now();
+        let mut again: Vec<(i64, u32, u32, Timestamp, String)> = Vec::new();
+        for (task, failure) in failed {
+            let (failures, due) = match failure.fate {
+                _ if verdict(task, failure, limit).is_some() => continue,
+                Fate::Rejected => (task.failures, task.due_at),
+                Fate::Pause => (task.failures, now + self.options.retry.delay(task.attempts)),
+                Fate::Retry | Fate::DeadLetter => {
+                    (task.failures + 1, now + self.options.retry.delay(task.failures + 1))
+                }
+            };
+            self.expect_at(task.lane, due);
+            again.push((task.id, task.attempts, failures, due, telemetry::chain(failure.error.as_ref())));
+        }
+        if !again.is_empty() {
+            again.sort_unstable();
             tx.query(
-                "UPDATE tasks SET lease_until = $1, due_at = r.due, last_error = r.error
-                 FROM {$2: i, n, due, error} WHERE tasks.id = r.i AND attempts = r.n",
+                "UPDATE tasks SET lease_until = $1, failures = r.f, due_at = r.due, last_error = r.error
+                 FROM {$2: i, n, f, due, error} WHERE tasks.id = r.i AND attempts = r.n",
             )
             .bind(Timestamp::from_millis(0))
-            .rows(rows)
+            .rows(again)
             .execute()
             .await?;
         }
         tx.commit().await?;
-        let count = |outcome: &'static str, n: usize| {
-            metrics::counter!("consign_tasks_total", "service" => self.db.service().to_owned(), "kind" => H::Task::KIND, "outcome" => outcome)
-                .increment(n as u64);
+        self.count("done", done.len());
+        self.count("dead_lettered", dead.len());
+        let fate = |fates: &[Fate]| {
+            let again =
+                failed.iter().filter(|(t, f)| fates.contains(&f.fate) && verdict(t, f, limit).is_none());
+            again.count()
         };
-        count("done", done.len());
-        count("retried", failed.len());
+        self.count("failed", fate(&[Fate::Retry]));
+        self.count("paused", fate(&[Fate::Pause]));
+        self.count("rejected", fate(&[Fate::Rejected]));
         Ok(())
     }
+
+    fn count(&self, outcome: &'static str, n: usize) {
+        if n > 0 {
+            metrics::counter!("consign_tasks_total", "service" => self.db.service().to_owned(), "kind" => H::Task::KIND, "outcome" => outcome)
+                .increment(n as u64);
+        }
+    }
+
+    /// Schedules anew the dead letters of this kind that an operator queued.
+    async fn redrive_queued(&mut self) {
+        let kind = H::Task::KIND;
+        let redriven = async {
+            loop {
+                let queued = dead_letter::queued(&self.db, kind).await?;
+                if queued.is_empty() {
+                    return Ok::<_, DbError>(());
+                }
+                for (id, stored) in queued {
+                    if let Err(error) = redrive::<H::Task>(&self.db, id, &stored).await {
+                        dead_letter::redrive_failed(&self.db, id, &telemetry::chain(error.as_ref())).await?;
+                    }
+                }
+            }
+        };
+        if let Err(error) = redriven.await {
+            tracing::warn!(kind, error = telemetry::chain(&error), "dead letters cannot be redriven");
+        }
+    }
+}
+
+/// Why a task that failed is a dead letter now; none if it is tried again.
+fn verdict<T>(task: &Leased<T>, failure: &Failure, limit: u32) -> Option<Reason> {
+    match failure.fate {
+        Fate::DeadLetter => Some(Reason::Permanent),
+        Fate::Retry if task.failures + 1 >= limit => Some(Reason::RetriesExhausted),
+        Fate::Retry | Fate::Pause | Fate::Rejected => None,
+    }
+}
+
+/// Removes tasks that ended. Attempts fence: who lost the lease to somebody else finds its row changed, and it is not among the ids returned.
+async fn remove(tx: &mut Tx, mut keys: Vec<(i64, u32)>) -> Result<HashSet<i64>, DbError> {
+    keys.sort_unstable();
+    let rows = tx
+        .query("DELETE FROM tasks WHERE (id, attempts) IN (SELECT i, n FROM {$1: i, n}) RETURNING id")
+        .rows(keys)
+        .fetch_all()
+        .await?;
+    rows.iter().map(|r| r.get("id")).collect()
+}
+
+/// Headers of a task among the dead letters.
+const KEY: &str = "task-key";
+const LANE: &str = "lane";
+const CORRELATION: &str = "correlation-id";
+
+/// A task that is given up is a dead letter like an event: its kind is the consumer, its payload the payload.
+async fn bury<T: Task>(
+    tx: &mut Tx,
+    task: &Leased<T>,
+    failure: &Failure,
+    reason: Reason,
+) -> Result<(), DbError> {
+    let error = telemetry::chain(failure.error.as_ref());
+    tracing::error!(
+        kind = T::KIND, key = task.key, reason = reason.as_str(), error,
+        correlation_id = %task.cause.correlation_id, "a task became a dead letter"
+    );
+    let payload =
+        serde_json::to_vec(&task.payload).map_err(|e| DbError::Sql(sqlx::Error::Encode(Box::new(e))))?;
+    let message = Message {
+        subject: format!("tasks.{}", T::KIND),
+        msg_id: None,
+        headers: vec![
+            (KEY.into(), task.key.clone()),
+            (LANE.into(), task.lane.as_str().into()),
+            (CORRELATION.into(), task.cause.correlation_id.to_string()),
+        ],
+        payload: payload.into(),
+    };
+    let stored = StoredMessage { sequence: task.id.unsigned_abs(), stored_at: task.created_at, message };
+    let burial = Burial {
+        consumer: T::KIND,
+        envelope: None,
+        stream: "tasks",
+        stored: &stored,
+        reason,
+        error: &error,
+        attempts: task.failures + u32::from(failure.fate == Fate::Retry),
+    };
+    dead_letter::bury(tx, &burial).await.map(drop)
+}
+
+/// Makes a task of a dead letter again.
+async fn redrive<T: Task>(db: &Db, id: uuid::Uuid, stored: &StoredMessage) -> Result<(), BoxError> {
+    if !dead_letter::begin_redrive(db, id).await? {
+        return Ok(());
+    }
+    let header = |name: &str| {
+        let found = stored.message.headers.iter().find(|(n, _)| n == name);
+        found.map(|(_, value)| value.clone()).ok_or_else(|| format!("it has no header {name}"))
+    };
+    let payload: T = serde_json::from_slice(&stored.message.payload)?;
+    let cause = Cause { correlation_id: header(CORRELATION)?.parse()?, ..Cause::new() };
+    let mut tx = db.begin_for(cause.clone()).await?;
+    if dead_letter::take(&mut tx, id).await? {
+        let now = tx.now();
+        tx.schedule_for(header(KEY)?, &payload, now, header(LANE)?.parse()?, cause)?;
+        tx.commit().await?;
+        tracing::info!(kind = T::KIND, dead_letter = %id, "a dead letter is a task again");
+    } else {
+        tx.rollback().await;
+    }
+    Ok(())
 }
 
 const fn index(lane: Lane) -> usize {
@@ -449,18 +630,20 @@ async fn run_one<H: TaskHandler>(
     task: &Leased<H::Task>,
     context: &H::Context,
     timeout: Duration,
-) -> Result<H::Output, BoxError> {
+) -> Result<H::Output, Failure> {
     let run = AssertUnwindSafe(handler.run(task, context)).catch_unwind();
     let result = match tokio::time::timeout(timeout, run).await {
         Ok(Ok(result)) => result,
-        Ok(Err(panic)) => Err(format!("panicked: {}", telemetry::panic_message(&*panic)).into()),
-        Err(_) => Err(format!("no outcome within {timeout:?}").into()),
+        Ok(Err(panic)) => Err(Failure::retry(format!("panicked: {}", telemetry::panic_message(&*panic)))),
+        Err(_) => Err(Failure::pause(format!("no outcome within {timeout:?}"))),
     };
-    if let Err(error) = &result {
-        tracing::warn!(
+    match &result {
+        // The breaker has told of it once; not once more for each task.
+        Ok(_) | Err(Failure { fate: Fate::Rejected, .. }) => {}
+        Err(failure) => tracing::warn!(
             kind = H::Task::KIND, key = task.key, attempts = task.attempts, correlation_id = %task.cause.correlation_id,
-            error = telemetry::chain(error.as_ref()), "a task failed and will be tried again"
-        );
+            error = telemetry::chain(failure.error.as_ref()), "a task failed"
+        ),
     }
     result
 }
@@ -484,7 +667,9 @@ fn leased<T: Task>(row: &Row) -> Result<Leased<T>, DbError> {
         key: row.get("key")?,
         payload: row.get::<Json<T>>("payload")?.0,
         attempts: row.get("attempts")?,
+        failures: row.get("failures")?,
         due_at: row.get("due_at")?,
+        created_at: row.get("created_at")?,
         lane: if row.get::<i64>("lane")? == Lane::Express.number() { Lane::Express } else { Lane::Standard },
         cause: Cause {
             correlation_id: row.parse("correlation_id")?,

@@ -1,21 +1,17 @@
-//! Consumers, handlers, dead letters, outbox and tasks on the in-memory broker and virtual time.
+//! Consumers, handlers, dead letters and outbox on the in-memory broker and virtual time.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "in tests, a panic is how a step fails")]
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use async_trait::async_trait;
 use axum::extract::State;
 use bytes::Bytes;
 use consign::broker::{Broker, ConsumerConfig, Message, StreamConfig};
 use consign::config::ServiceConfig;
 use consign::dead_letter::{self, Filter, Status};
 use consign::event::{Cause, Envelope};
-use consign::handler::BoxError;
 use consign::service::Running;
-use consign::tasks::{Leased, Task, TaskHandler, TaskOptions};
 use consign::testing::Bench;
 use consign::{
     Batch, Consumer, Db, DbError, Emission, Event, Failure, Meta, Migration, Received, Service, Tx,
@@ -167,7 +163,9 @@ impl Rig {
     }
 
     async fn notes(&self) -> Vec<(u32, u32)> {
-        rung(&self.db).await
+        let rows =
+            self.db.query("SELECT number, times FROM notes ORDER BY number").fetch_all().await.unwrap();
+        rows.iter().map(|r| (r.get("number").unwrap(), r.get("times").unwrap())).collect()
     }
 
     async fn until_notes(&self, expected: &[(u32, u32)]) {
@@ -493,109 +491,8 @@ async fn a_stopped_service_finishes_what_it_has_and_carries_on_later() {
     );
 }
 
-#[derive(Clone, Debug, Serialize, Deserialize)]
-struct Ring {
-    number: u32,
-}
-
-impl Task for Ring {
-    const KIND: &'static str = "ring";
-}
-
-#[derive(Clone, Default)]
-struct Bell {
-    runs: Arc<AtomicU32>,
-    failing: Arc<AtomicU32>,
-}
-
-#[async_trait]
-impl TaskHandler for Bell {
-    type Task = Ring;
-    type Context = ();
-    type Output = ();
-
-    async fn prepare(&self, _: &mut Tx, tasks: &[Leased<Ring>]) -> Result<Vec<()>, DbError> {
-        Ok(vec![(); tasks.len()])
-    }
-
-    async fn run(&self, _: &Leased<Ring>, (): &()) -> Result<(), BoxError> {
-        self.runs.fetch_add(1, Ordering::SeqCst);
-        match self.failing.load(Ordering::SeqCst) {
-            0 => Ok(()),
-            1 => Err("busy".into()),
-            _ => panic!("broken"),
-        }
-    }
-
-    async fn finish(&self, tx: &mut Tx, done: &[(Leased<Ring>, ())]) -> Result<(), DbError> {
-        let numbers: Vec<u32> = done.iter().map(|(task, ())| task.payload.number).collect();
-        write_notes(tx, &numbers).await
-    }
-}
-
-async fn bell() -> (Bench, Db, Bell, Running) {
-    let bench = Bench::start();
-    let db = Db::open(&bench.file("bell.db"), "bell", MIGRATIONS, bench.time.clock()).await.unwrap();
-    let bell = Bell::default();
-    let service = Service::new(ServiceConfig::default(), db.clone(), bench.broker(), "test")
-        .tasks(bell.clone(), TaskOptions::default())
-        .start()
-        .await
-        .unwrap();
-    (bench, db, bell, service)
-}
-
-async fn schedule(db: &Db, number: u32, after: Duration) {
-    let mut tx = db.begin().await.unwrap();
-    let due = tx.now() + after;
-    tx.schedule(number.to_string(), &Ring { number }, due).unwrap();
-    tx.commit().await.unwrap();
-}
-
 async fn failures(db: &Db) -> u64 {
     db.query("SELECT COUNT(*) AS n FROM failures").fetch_scalar().await.unwrap()
-}
-
-async fn rung(db: &Db) -> Vec<(u32, u32)> {
-    let rows = db.query("SELECT number, times FROM notes ORDER BY number").fetch_all().await.unwrap();
-    rows.iter().map(|r| (r.get("number").unwrap(), r.get("times").unwrap())).collect()
-}
-
-#[tokio::test(start_paused = true)]
-async fn tasks_run_when_due_once_per_key_unless_cancelled() {
-    let (bench, db, bell, _service) = bell().await;
-    schedule(&db, 1, Duration::from_secs(60)).await;
-    schedule(&db, 1, Duration::from_secs(1)).await;
-    schedule(&db, 2, Duration::from_secs(60)).await;
-    let mut tx = db.begin().await.unwrap();
-    tx.cancel_task::<Ring>("2");
-    tx.commit().await.unwrap();
-    bench.time.advance(Duration::from_secs(58)).await;
-    assert_eq!(bell.runs.load(Ordering::SeqCst), 0, "the first of a key stays as it is");
-    bench.time.advance(Duration::from_secs(4)).await;
-    bench.time.until("the bell", async || rung(&db).await == [(1, 1)]).await;
-    bench.time.advance(Duration::from_secs(120)).await;
-    assert_eq!(bell.runs.load(Ordering::SeqCst), 1);
-}
-
-#[tokio::test(start_paused = true)]
-async fn a_failing_task_is_tried_until_it_works_panics_included() {
-    let (bench, db, bell, _service) = bell().await;
-    bell.failing.store(1, Ordering::SeqCst);
-    schedule(&db, 1, Duration::ZERO).await;
-    let tried = |n| {
-        let bell = bell.clone();
-        move || {
-            let bell = bell.clone();
-            async move { bell.runs.load(Ordering::SeqCst) >= n }
-        }
-    };
-    bench.time.until_within(MINUTES, Duration::from_secs(1), "three tries", tried(3)).await;
-    bell.failing.store(2, Ordering::SeqCst);
-    bench.time.until_within(MINUTES, Duration::from_secs(1), "panics", tried(8)).await;
-    bell.failing.store(0, Ordering::SeqCst);
-    let done = async || rung(&db).await == [(1, 1)];
-    bench.time.until_within(MINUTES, Duration::from_secs(1), "success", done).await;
 }
 
 /// Nobody stores its subject, until somebody does.

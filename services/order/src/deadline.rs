@@ -1,9 +1,8 @@
 //! An order's deadline, owned by this service alone: unpaid past it, the order is cancelled.
 
 use async_trait::async_trait;
-use consign::handler::BoxError;
 use consign::tasks::{Leased, Task, TaskHandler};
-use consign::{DbError, Tx};
+use consign::{DbError, Failure, Tx};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -34,7 +33,7 @@ impl TaskHandler for Expire {
         Ok(vec![(); tasks.len()])
     }
 
-    async fn run(&self, _: &Leased<Deadline>, (): &()) -> Result<(), BoxError> {
+    async fn run(&self, _: &Leased<Deadline>, (): &()) -> Result<(), Failure> {
         Ok(())
     }
 

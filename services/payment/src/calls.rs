@@ -3,9 +3,8 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use consign::handler::BoxError;
 use consign::tasks::{Leased, Task, TaskHandler};
-use consign::{Clock, DbError, Tx};
+use consign::{Clock, DbError, Failure, Tx};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -49,8 +48,8 @@ async fn payments(tx: &mut Tx, orders: Vec<Uuid>) -> Result<Vec<Option<Payment>>
     Ok(orders.iter().map(|id| found.remove(id)).collect())
 }
 
-fn known<'a>(payment: Option<&'a Payment>, order: &Uuid) -> Result<&'a Payment, BoxError> {
-    payment.ok_or_else(|| format!("there is no payment of order {order}").into())
+fn known<'a>(payment: Option<&'a Payment>, order: &Uuid) -> Result<&'a Payment, Failure> {
+    payment.ok_or_else(|| Failure::dead_letter(format!("there is no payment of order {order}")))
 }
 
 /// What a charge came to.
@@ -89,7 +88,7 @@ impl TaskHandler for Calls {
         &self,
         task: &Leased<ChargeTask>,
         payment: &Option<Payment>,
-    ) -> Result<ChargeOutcome, BoxError> {
+    ) -> Result<ChargeOutcome, Failure> {
         let p = known(payment.as_ref(), &task.payload.order_id)?;
         let key = p.payment_id.to_string();
         // Tried before: it may have been charged although no answer came. Asking settles it.
@@ -139,7 +138,7 @@ impl TaskHandler for Refunds {
         payments(tx, tasks.iter().map(|t| t.payload.order_id).collect()).await
     }
 
-    async fn run(&self, task: &Leased<RefundTask>, payment: &Option<Payment>) -> Result<(), BoxError> {
+    async fn run(&self, task: &Leased<RefundTask>, payment: &Option<Payment>) -> Result<(), Failure> {
         let p = known(payment.as_ref(), &task.payload.order_id)?;
         if p.state.status == Status::Refunding {
             let charge = p.payment_id.to_string();

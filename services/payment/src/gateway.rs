@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use consign::db::{GroupCommit, Storage, Work};
-use consign::{Clock, Db, DbError, Migration, Tx};
+use consign::{Clock, Db, DbError, Failure, Migration, Tx};
 use rand::RngExt;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -32,6 +32,12 @@ pub enum GatewayError {
     /// Its ledger cannot be reached.
     #[error("the gateway's ledger")]
     Ledger(#[source] Box<dyn std::error::Error + Send + Sync>),
+}
+
+impl From<GatewayError> for Failure {
+    fn from(e: GatewayError) -> Self {
+        Self::pause(e)
+    }
 }
 
 /// A payment gateway. Every call takes an idempotency key: repeated with the same key, it takes effect once and gives the same answer.

@@ -38,6 +38,7 @@ pub(super) const LIBRARY: &[Migration] = &[
         postgres: include_str!("library.postgres.sql"),
     },
     Migration::new(2, "lanes, incarnations of streams", include_str!("library.2.sql")),
+    Migration::new(3, "failures of tasks", include_str!("library.3.sql")),
 ];
 
 /// Serialises migrations of all replicas; any number would do.

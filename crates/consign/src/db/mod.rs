@@ -317,6 +317,7 @@ impl Db {
             emitted: Vec::new(),
             scheduled: Vec::new(),
             cancelled: Vec::new(),
+            expedited: Vec::new(),
             violation: None,
         };
         Ok(Tx { state: Some(Box::new(state)), home: None })
@@ -456,6 +457,7 @@ pub(crate) struct TxState {
     emitted: Vec<Recorded>,
     scheduled: Vec<Scheduled>,
     cancelled: Vec<(&'static str, String)>,
+    expedited: Vec<(&'static str, String)>,
     violation: Option<SchemaViolation>,
 }
 
@@ -561,6 +563,11 @@ impl Tx {
         self.state().cancelled.push((T::KIND, key.into()));
     }
 
+    /// Lets a task run now that would fall due later, if it is there and nobody is at it. Applied when the transaction commits.
+    pub fn expedite_task<T: Task>(&mut self, key: impl Into<String>) {
+        self.state().expedited.push((T::KIND, key.into()));
+    }
+
     /// Commits the changes, the events and the tasks, or none of them.
     ///
     /// # Errors
@@ -630,10 +637,11 @@ impl TxState {
         let emitted = std::mem::take(&mut self.emitted);
         let scheduled = std::mem::take(&mut self.scheduled);
         let cancelled = std::mem::take(&mut self.cancelled);
+        let expedited = std::mem::take(&mut self.expedited);
         let lease = self.db.publish_lease(emitted.len());
         let written = async {
             let seqs = outbox::write(&mut self, &emitted, lease).await?;
-            tasks::write(&mut self, &scheduled, &cancelled).await?;
+            tasks::write(&mut self, &scheduled, &cancelled, &expedited).await?;
             Ok(seqs)
         };
         let seqs = match written.await {
@@ -656,7 +664,7 @@ impl TxState {
         }
         self.db.0.commits.fetch_add(1, Ordering::Relaxed);
         self.db.committed(seqs, emitted, lease.is_some());
-        self.db.announce(&scheduled);
+        self.db.announce(&scheduled, &expedited);
         Ok(())
     }
 
@@ -702,15 +710,23 @@ impl Db {
     }
 
     /// Wakes the workers of what was just scheduled.
-    fn announce(&self, scheduled: &[Scheduled]) {
-        if scheduled.is_empty() {
+    fn announce(&self, scheduled: &[Scheduled], expedited: &[(&'static str, String)]) {
+        if scheduled.is_empty() && expedited.is_empty() {
             return;
         }
         {
             let mut announced = self.0.tasks_announced.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut announce = |kind, lane, at: Timestamp| {
+                let due = announced.entry((kind, lane)).or_insert(at);
+                *due = at.min(*due);
+            };
             for s in scheduled {
-                let due = announced.entry((s.kind(), s.lane())).or_insert(s.due());
-                *due = s.due().min(*due);
+                announce(s.kind(), s.lane(), s.due());
+            }
+            for (kind, _) in expedited {
+                for lane in Lane::ALL {
+                    announce(kind, lane, self.clock().now());
+                }
             }
         }
         self.0.tasks_wake.send_replace(());

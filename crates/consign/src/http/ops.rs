@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::{Admin, Body, Id, Params, Problem};
+use crate::breaker::{self, Breaker};
 use crate::dead_letter::{self, DeadLetter, Filter, Reason, Status};
 use crate::reconcile::{self, Report};
 use crate::service::Vitals;
@@ -56,6 +57,15 @@ pub(crate) fn router(vitals: Arc<Vitals>) -> ApiRouter {
             "/admin/reconcile",
             post_with(reconcile_now, |o| {
                 o.summary("Compare the outbox's history with the streams, and publish what they lack")
+                    .tag("operations")
+            }),
+        )
+        .api_route("/admin/breakers", get_with(breakers, |o| o.summary("Circuit breakers").tag("operations")))
+        .api_route(
+            "/admin/breakers/{id}",
+            post_with(set_breaker, |o| {
+                o.summary("Hold a circuit breaker open, or close it")
+                    .description("Of this replica. Held open, it stays open until it is closed; closed, it opens again if calls fail.")
                     .tag("operations")
             }),
         )
@@ -197,4 +207,47 @@ async fn discard(
 async fn reconcile_now(_: Admin, State(vitals): State<Arc<Vitals>>) -> Result<Json<Report>, Problem> {
     let done = reconcile::reconcile(&vitals.db, vitals.broker.as_ref(), &vitals.scope).await;
     done.map(Json).map_err(|e| Problem::unavailable(format!("{}; run it again", telemetry::chain(&e)), 2))
+}
+
+#[derive(Serialize, JsonSchema)]
+struct Breakers {
+    breakers: Vec<breaker::Status>,
+}
+
+async fn breakers(_: Admin, State(vitals): State<Arc<Vitals>>) -> Json<Breakers> {
+    Json(Breakers { breakers: vitals.breakers.iter().map(Breaker::status).collect() })
+}
+
+#[derive(Clone, Copy, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+enum Wanted {
+    Open,
+    Closed,
+}
+
+#[derive(Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct SetBreaker {
+    /// `open` or `closed`.
+    state: Wanted,
+}
+
+async fn set_breaker(
+    _: Admin,
+    State(vitals): State<Arc<Vitals>>,
+    Path(Id { id }): Path<Id>,
+    Body(set): Body<SetBreaker>,
+) -> Result<Json<breaker::Status>, Problem> {
+    let Some(breaker) = vitals.breakers.iter().find(|b| b.name() == id) else {
+        let names: Vec<&str> = vitals.breakers.iter().map(Breaker::name).collect();
+        return Err(Problem::not_found(format!(
+            "no circuit breaker {id:?} here; there is: {}",
+            names.join(", ")
+        )));
+    };
+    match set.state {
+        Wanted::Open => breaker.hold_open(),
+        Wanted::Closed => breaker.close(),
+    }
+    Ok(Json(breaker.status()))
 }

@@ -23,7 +23,7 @@ use crate::broker::embedded::EmbeddedBroker;
 use crate::config::ServiceConfig;
 use crate::db::Json;
 use crate::event::{Cause, Lane};
-use crate::handler::BoxError;
+use crate::handler::Failure;
 use crate::http::idempotency;
 use crate::tasks::{Leased, Task, TaskHandler, TaskOptions};
 use crate::{Clock, Db, DbError, Emission, Event, Migration, Service, Timestamp, Tx, inbox};
@@ -411,10 +411,10 @@ impl TaskHandler for Clicks {
         Ok(vec![(); tasks.len()])
     }
 
-    async fn run(&self, task: &Leased<Tick>, (): &()) -> Result<(), BoxError> {
+    async fn run(&self, task: &Leased<Tick>, (): &()) -> Result<(), Failure> {
         if self.failing.load(Ordering::SeqCst) > 0 {
             self.failing.fetch_sub(1, Ordering::SeqCst);
-            return Err("not now".into());
+            return Err(Failure::pause("not now"));
         }
         if task.payload.n >= SLOW {
             self.gate.notified().await;
