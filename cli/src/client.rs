@@ -61,6 +61,16 @@ impl Client {
         Self { base: base.trim_end_matches('/').to_owned(), token, http }
     }
 
+    /// Several replicas of it, as base URLs with commas between; what is asked of one is asked of the first.
+    pub fn replicas(bases: &str, token: Option<&str>) -> Vec<Self> {
+        bases.split(',').map(|base| Self::new(base.trim(), token.map(str::to_owned))).collect()
+    }
+
+    /// Its base URL.
+    pub fn base(&self) -> &str {
+        &self.base
+    }
+
     /// A request to a path of it.
     pub fn request(&self, method: Method, path: &str) -> RequestBuilder {
         let request = self.http.request(method, format!("{}{path}", self.base));

@@ -1,11 +1,13 @@
 //! The `consign` command: every service in one process, and the operators' tools.
 
+mod breaker;
 mod client;
 pub mod config;
 mod dead_letters;
 mod load;
 mod orders;
 mod output;
+mod payments;
 mod reconcile;
 mod snapshot;
 mod streams;
@@ -49,7 +51,7 @@ struct Global {
     /// How results are printed.
     #[arg(long, global = true, default_value = "table")]
     format: Format,
-    /// Base URL of the order service.
+    /// Base URL of the order service. Of each service, replicas may be named with commas between.
     #[arg(long, global = true, env = "CONSIGN_ORDER_URL")]
     order_url: Option<String>,
     /// Base URL of the inventory service.
@@ -75,6 +77,15 @@ enum Command {
     /// List, show, redrive and discard dead letters.
     #[command(subcommand)]
     DeadLetters(dead_letters::Command),
+    /// Show payments, and what does not come to an end.
+    #[command(subcommand)]
+    Payments(payments::Command),
+    /// Show circuit breakers, hold them open, close them.
+    #[command(subcommand)]
+    Breaker(breaker::Command),
+    /// Show or change how the simulated payment gateway behaves.
+    #[command(subcommand)]
+    Gateway(payments::GatewayCommand),
     /// Compare each service's outbox with the streams, and publish what they lack.
     Reconcile,
     /// Make streams and consumers on a NATS cluster as the services declare them, or say what differs.
@@ -104,7 +115,7 @@ enum ConfigCommand {
 pub async fn main() -> ExitCode {
     // Prints help, or what is wrong with the arguments, and exits with 0 or 2.
     let cli = Cli::parse();
-    match dispatch(cli).await {
+    match Box::pin(dispatch(cli)).await {
         Ok(code) => code,
         Err(e) => {
             eprintln!("consign: {}", consign::telemetry::chain(e.error.as_ref()));
@@ -141,11 +152,14 @@ async fn dispatch(cli: Cli) -> Result<ExitCode, Exit> {
         let kept = std::fs::read_to_string(config.data_dir.join("admin-token"));
         kept.ok().map(|t| t.trim().to_owned())
     });
-    let client =
-        |given: &Option<String>, found: &str| Client::new(given.as_deref().unwrap_or(found), token.clone());
-    let order = client(&global.order_url, &endpoints.order);
-    let inventory = client(&global.inventory_url, &endpoints.inventory);
-    let payment = client(&global.payment_url, &endpoints.payment);
+    let replicas = |given: &Option<String>, found: &str| {
+        Client::replicas(given.as_deref().unwrap_or(found), token.as_deref())
+    };
+    let orders = replicas(&global.order_url, &endpoints.order);
+    let inventories = replicas(&global.inventory_url, &endpoints.inventory);
+    let payments = replicas(&global.payment_url, &endpoints.payment);
+    // Splitting gives one at least.
+    let (order, inventory, payment) = (orders[0].clone(), inventories[0].clone(), payments[0].clone());
     match command {
         Command::Up => up::run(config).await.map_err(cannot)?,
         Command::Load(options) => load::run(options, &order, &inventory, global.format).await.map_err(no)?,
@@ -153,6 +167,18 @@ async fn dispatch(cli: Cli) -> Result<ExitCode, Exit> {
         Command::DeadLetters(command) => {
             let services = [("order", order), ("inventory", inventory), ("payment", payment)];
             dead_letters::run(command, &services, global.format).await.map_err(no)?;
+        }
+        Command::Payments(command) => {
+            if !payments::run(command, &payment, global.format).await.map_err(no)? {
+                return Ok(ExitCode::from(1));
+            }
+        }
+        Command::Breaker(command) => {
+            let all = [orders, inventories, payments].concat();
+            breaker::run(command, &all, global.format).await.map_err(no)?;
+        }
+        Command::Gateway(command) => {
+            payments::gateway(command, &payments, global.format).await.map_err(no)?;
         }
         Command::Reconcile => {
             let services = [("order", order), ("inventory", inventory), ("payment", payment)];

@@ -7,6 +7,7 @@ use comfy_table::Table;
 use consign::handler::BoxError;
 use reqwest::Method;
 use serde_json::{Value, json};
+use uuid::Uuid;
 
 use crate::client::Client;
 use crate::output::{Format, text};
@@ -22,6 +23,13 @@ pub enum Command {
     },
     /// List orders, the newest first.
     List(List),
+    /// Cancel an order, until it is confirmed.
+    Cancel {
+        /// Its id.
+        id: String,
+    },
+    /// Give money back for a confirmed order, all that is left or by lines.
+    Refund(Refund),
     /// Follow an order's timeline to its end.
     Watch {
         /// Its id.
@@ -43,12 +51,32 @@ pub struct Place {
     /// express or standard.
     #[arg(long, default_value = "standard")]
     lane: String,
+    /// What to charge: the payment gateway's token. The simulated gateway needs none.
+    #[arg(long)]
+    payment_method: Option<String>,
     /// Repeated with the same key, it is placed once.
     #[arg(long)]
     idempotency_key: Option<String>,
     /// Follow it to its end.
     #[arg(long)]
     watch: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Refund {
+    /// The order.
+    id: String,
+    /// Which pieces, as PRODUCT or PRODUCT:QUANTITY; all that are left if none is named.
+    items: Vec<String>,
+    /// What comes back is not put on the shelf again.
+    #[arg(long)]
+    write_off: bool,
+    /// For the record.
+    #[arg(long)]
+    reason: Option<String>,
+    /// Repeated with the same key, it is refunded once; a new one each time if left out.
+    #[arg(long)]
+    idempotency_key: Option<String>,
 }
 
 #[derive(Debug, Args)]
@@ -68,7 +96,10 @@ pub async fn run(command: Command, client: &Client, format: Format) -> Result<()
     match command {
         Command::Place(place) => {
             let items: Vec<Value> = place.items.iter().map(|i| item(i)).collect::<Result<_, _>>()?;
-            let body = json!({"customer_id": place.customer, "items": items, "lane": place.lane});
+            let mut body = json!({"customer_id": place.customer, "items": items, "lane": place.lane});
+            if let Some(method) = place.payment_method {
+                body["payment_method"] = method.into();
+            }
             let mut request = client.request(Method::POST, "/orders").json(&body);
             if let Some(key) = place.idempotency_key {
                 request = request.header("Idempotency-Key", key);
@@ -82,9 +113,48 @@ pub async fn run(command: Command, client: &Client, format: Format) -> Result<()
             Ok(())
         }
         Command::Show { id } => show(&client.get(&format!("/orders/{id}")).await?, format),
+        Command::Cancel { id } => {
+            show(&client.post(&format!("/orders/{id}/cancel"), &json!({})).await?, format)
+        }
+        Command::Refund(r) => refund(client, r, format).await,
         Command::List(l) => list(client, &l, format).await,
         Command::Watch { id, timeout } => watch(client, &id, Duration::from_secs(timeout), format).await,
     }
+}
+
+async fn refund(client: &Client, r: Refund, format: Format) -> Result<(), BoxError> {
+    let mut body = json!({"restock": !r.write_off});
+    if !r.items.is_empty() {
+        body["lines"] = r.items.iter().map(|i| item(i)).collect::<Result<Value, _>>()?;
+    }
+    if let Some(reason) = r.reason {
+        body["reason"] = reason.into();
+    }
+    let key = r.idempotency_key.unwrap_or_else(|| Uuid::new_v4().to_string());
+    let request = client.request(Method::POST, &format!("/orders/{}/refund", r.id)).json(&body);
+    let mut refund: Value = client.send(request.header("Idempotency-Key", key)).await?;
+    // Until payment and the gateway have answered, or for as long as somebody would look at it.
+    for _ in 0..50 {
+        if refund["status"] != "pending" {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        let all: Value = client.get(&format!("/orders/{}/refunds", r.id)).await?;
+        let ours = all["refunds"].as_array().into_iter().flatten().find(|f| f["id"] == refund["id"]);
+        refund = ours.cloned().unwrap_or(refund);
+    }
+    if format == Format::Json {
+        println!("{}", serde_json::to_string_pretty(&refund)?);
+        return Ok(());
+    }
+    let mut table = Table::new();
+    for key in ["id", "order_id", "amount", "status", "restock", "reason", "rejection"] {
+        if !refund[key].is_null() {
+            table.add_row([key.to_owned(), text(&refund[key])]);
+        }
+    }
+    println!("{table}");
+    Ok(())
 }
 
 fn item(text: &str) -> Result<Value, String> {
@@ -108,6 +178,9 @@ fn show(order: &Value, format: Format) -> Result<(), BoxError> {
         "lane",
         "total",
         "currency",
+        "refunding",
+        "refunded",
+        "deadline",
         "created_at",
         "updated_at",
         "correlation_id",

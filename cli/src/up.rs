@@ -11,7 +11,7 @@ use consign::process::{DRAIN, DataDir, stop_signal};
 use consign::service::Running;
 use consign::telemetry;
 use contracts::streams::PRODUCTS;
-use payment::gateway::SimulatedGateway;
+use payment::Outside;
 use reqwest::Method;
 use secrecy::ExposeSecret;
 use serde_json::{Value, json};
@@ -33,7 +33,7 @@ const DEMO_STOCK: i64 = 1_000_000;
 pub struct System {
     broker: Arc<EmbeddedBroker>,
     services: Vec<Running>,
-    gateway: SimulatedGateway,
+    outside: Outside,
     /// Where they listen.
     pub endpoints: Endpoints,
     /// What admins need.
@@ -55,9 +55,9 @@ impl System {
         let order_db = order::open(&dir.file("order.db"), clock.clone()).await?;
         let inventory_db = inventory::open(&dir.file("inventory.db"), clock.clone()).await?;
         let payment_db = payment::open(&dir.file("payment.db"), clock.clone()).await?;
-        let gateway = SimulatedGateway::open(&dir.file("gateway.db"), config.payment.gateway, clock).await?;
+        let outside = Outside::open(&config.payment.gateway, &dir.file("gateway.db"), clock).await?;
         let inventory = inventory::service(&config.inventory, inventory_db, broker());
-        let payment = payment::service(&config.payment, payment_db, broker(), gateway.clone());
+        let payment = payment::service(&config.payment, payment_db, broker(), outside.clone());
         let order = order::service(&config.order, order_db, broker());
         for service in [&inventory, &payment, &order] {
             service.provision().await?;
@@ -69,7 +69,7 @@ impl System {
         Ok(Self {
             broker: embedded,
             services: vec![order, payment, inventory],
-            gateway,
+            outside,
             endpoints,
             admin_token,
         })
@@ -122,7 +122,7 @@ impl System {
             stopping.spawn(service.shutdown(DRAIN));
         }
         stopping.join_all().await;
-        self.gateway.close().await;
+        self.outside.close().await;
         self.broker.close().await;
     }
 }

@@ -59,6 +59,10 @@ pub struct OrderCreated {
     pub currency: String,
     /// Unpaid by then, the order is cancelled.
     pub deadline: Timestamp,
+    /// What to charge: a token of the payment gateway's, never a card number.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 255))]
+    pub payment_method: Option<String>,
 }
 
 /// Stock is reserved and the order is paid.
@@ -107,6 +111,62 @@ pub struct OrderCancelled {
     pub reason: CancelReason,
 }
 
+/// The order may be unpaid for longer than was said: the payment gateway is out of reach.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema, Event)]
+#[event(type = "orders.deadline_extended", version = 1)]
+pub struct OrderDeadlineExtended {
+    /// The order.
+    pub order_id: Uuid,
+    /// Unpaid by then, it is cancelled.
+    pub deadline: Timestamp,
+}
+
+/// Pieces of one product of an order.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct ReturnedLine {
+    /// Which product.
+    #[schemars(length(min = 1, max = 64))]
+    pub product_id: String,
+    /// How many.
+    #[schemars(range(min = 1, max = 1_000_000))]
+    pub quantity: u32,
+}
+
+/// Money of a confirmed order is to be given back; payment decides whether it is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema, Event)]
+#[event(type = "orders.refund_requested", version = 1)]
+pub struct OrderRefundRequested {
+    /// This refund.
+    pub refund_id: Uuid,
+    /// The order.
+    pub order_id: Uuid,
+    /// In minor units.
+    #[schemars(range(min = 1, max = 1_000_000_000_000_i64))]
+    pub amount: i64,
+    /// ISO 4217.
+    #[schemars(length(min = 3, max = 3))]
+    pub currency: String,
+    /// Why, for people.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 200))]
+    pub reason: Option<String>,
+}
+
+/// Money was given back for these pieces: they return to the shelf, or are written off.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema, Event)]
+#[event(type = "orders.refunded", version = 1)]
+pub struct OrderRefunded {
+    /// The refund.
+    pub refund_id: Uuid,
+    /// The order.
+    pub order_id: Uuid,
+    /// What comes back.
+    #[schemars(length(min = 1, max = 100))]
+    pub lines: Vec<ReturnedLine>,
+    /// Back to the shelf; otherwise written off.
+    pub restock: bool,
+}
+
 /// All lines of an order are reserved.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema, Event)]
 #[event(type = "inventory.reserved", version = 1)]
@@ -121,6 +181,10 @@ pub struct StockReserved {
     pub currency: String,
     /// Not to be charged after this.
     pub expires_at: Timestamp,
+    /// What to charge: a token of the payment gateway's, as the order named it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 255))]
+    pub payment_method: Option<String>,
 }
 
 /// A product of which there is not enough.
@@ -195,7 +259,7 @@ pub struct PaymentFailed {
     pub reason: String,
 }
 
-/// What was charged for a cancelled order was given back.
+/// What was charged was given back: all of it because the order was cancelled, or what a refund asked for.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema, Event)]
 #[event(type = "payments.refunded", version = 1)]
 pub struct PaymentRefunded {
@@ -209,6 +273,33 @@ pub struct PaymentRefunded {
     /// ISO 4217.
     #[schemars(length(min = 3, max = 3))]
     pub currency: String,
+    /// The refund that asked for it; none if the order was cancelled.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub refund_id: Option<Uuid>,
+}
+
+/// A refund will not be made.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema, Event)]
+#[event(type = "payments.refund_rejected", version = 1)]
+pub struct PaymentRefundRejected {
+    /// The refund.
+    pub refund_id: Uuid,
+    /// The order.
+    pub order_id: Uuid,
+    /// Why not.
+    #[schemars(length(min = 1, max = 200))]
+    pub reason: String,
+}
+
+/// The payment gateway is out of reach, as far as one replica of payment can tell. Repeated while it lasts.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema, Event)]
+#[event(type = "payments.gateway_unavailable", version = 1)]
+pub struct GatewayUnavailable {
+    /// Which.
+    #[schemars(length(min = 1, max = 64))]
+    pub gateway: String,
+    /// Holds until then, unless it is said again.
+    pub until: Timestamp,
 }
 
 /// The schema of each event, by name: what lies in `schemas/`.
@@ -220,18 +311,32 @@ pub fn schemas() -> Vec<(String, serde_json::Value)> {
         one::<OrderCreated>(),
         one::<OrderConfirmed>(),
         one::<OrderCancelled>(),
+        one::<OrderDeadlineExtended>(),
+        one::<OrderRefundRequested>(),
+        one::<OrderRefunded>(),
         one::<StockReserved>(),
         one::<StockRejected>(),
         one::<ProductChanged>(),
         one::<PaymentSucceeded>(),
         one::<PaymentFailed>(),
         one::<PaymentRefunded>(),
+        one::<PaymentRefundRejected>(),
+        one::<GatewayUnavailable>(),
     ]
 }
 
 /// Whether it is a product id: 1 to 64 of `A-Z a-z 0-9 _ -`, which can stand in a subject.
 pub fn is_product_id(id: &str) -> bool {
     (1..=64).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b'-')
+}
+
+/// Whether it can be a payment gateway's token for a means of payment: 1 to 255 of `A-Z a-z 0-9 _ -`, and no card number.
+pub fn is_payment_method(token: &str) -> bool {
+    let written = token.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b'-');
+    // A number of 12 to 19 digits, however it is grouped, is a card's (ISO/IEC 7812): it must not come here at all.
+    let digits = token.bytes().filter(u8::is_ascii_digit).count();
+    let only_digits = token.bytes().all(|b| b.is_ascii_digit() || b == b'-');
+    (1..=255).contains(&token.len()) && written && !(only_digits && (12..=19).contains(&digits))
 }
 
 /// Whether it has the form of an ISO 4217 code.

@@ -266,12 +266,17 @@ impl Fleet {
         assert_eq!(code, 0, "{out}{err}; logs in {}", self.logs.display());
     }
 
-    /// Sets how the simulated gateway behaves, in every replica.
+    /// Sets the share of calls to the simulated gateway that bring no answer, half of them after they took effect, in every replica.
     pub async fn gateway(&self, failure_rate: f64) {
+        self.set_gateway(&json!({"error_rate": failure_rate / 2.0, "lost_answer_rate": failure_rate / 2.0}))
+            .await;
+    }
+
+    /// Sets how the simulated gateway behaves, in every replica; what is not named is as by default.
+    pub async fn set_gateway(&self, knobs: &Value) {
         for url in self.urls("payment") {
-            let knobs = json!({"latency_ms": 5, "decline_rate": 0.0, "failure_rate": failure_rate});
             let put =
-                self.http.put(format!("{url}/gateway")).bearer_auth(TOKEN).json(&knobs).send().await.unwrap();
+                self.http.put(format!("{url}/gateway")).bearer_auth(TOKEN).json(knobs).send().await.unwrap();
             assert!(put.status().is_success(), "{}", put.text().await.unwrap());
         }
     }

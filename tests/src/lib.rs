@@ -11,6 +11,7 @@ use consign::broker::Broker;
 use consign::service::Running;
 use consign::testing::Bench;
 use consign::{Db, Timestamp};
+use payment::Outside;
 use payment::gateway::{Knobs, SimulatedGateway};
 use serde_json::{Value, json};
 use tokio::process::{Child, Command};
@@ -48,18 +49,23 @@ impl System {
             // Virtual time may be moved on while a request is under way.
             http.request_timeout = Duration::from_secs(100_000);
         }
-        let knobs = Knobs { latency_ms: 0, ..Knobs::default() };
-        let gateway = SimulatedGateway::open(&bench.file("gateway.db"), knobs, clock.clone()).await.unwrap();
+        let gateway =
+            SimulatedGateway::open(&bench.file("gateway.db"), Knobs::CALM, clock.clone()).await.unwrap();
         let inventory_db = inventory::open(&bench.file("inventory.db"), clock.clone()).await.unwrap();
         let payment_db = payment::open(&bench.file("payment.db"), clock.clone()).await.unwrap();
         let order_db = order::open(&bench.file("order.db"), clock).await.unwrap();
         let order = order::service(&order_config, order_db, bench.broker()).start().await.unwrap();
         let inventory =
             inventory::service(&inventory_config, inventory_db, bench.broker()).start().await.unwrap();
-        let payment = payment::service(&payment_config, payment_db, bench.broker(), gateway.clone())
-            .start()
-            .await
-            .unwrap();
+        let payment = payment::service(
+            &payment_config,
+            payment_db,
+            bench.broker(),
+            Outside::Simulated(gateway.clone()),
+        )
+        .start()
+        .await
+        .unwrap();
         let system = Self { bench, gateway, order, inventory, payment, http: reqwest::Client::new() };
         for (id, price, stock) in [("book", 1000, 100), ("lamp", 2500, 5)] {
             system.put(id, price).await;

@@ -51,7 +51,13 @@ async fn killed_at_random_moments_nothing_is_lost_or_done_twice() {
     let mut rng = rand::rngs::StdRng::seed_from_u64(seed);
     let mut accepted: Vec<String> = Vec::new();
     let mut next = [0u64, 1_000_000, 2_000_000, 3_000_000];
-    let flaky = ["payment.gateway.failure_rate=0.05", "payment.gateway.decline_rate=0.05"];
+    let flaky = [
+        "payment.gateway.simulated.error_rate=0.03",
+        "payment.gateway.simulated.lost_answer_rate=0.03",
+        "payment.gateway.simulated.decline_rate=0.05",
+        "payment.gateway.simulated.callback_rate=0.2",
+        "payment.gateway.simulated.duplicate_callback_rate=0.5",
+    ];
     for _ in 0..KILLS {
         let process = Process::start(&dir, &flaky).await;
         let stop = tokio_util::sync::CancellationToken::new();
@@ -71,7 +77,7 @@ async fn killed_at_random_moments_nothing_is_lost_or_done_twice() {
         );
         accepted.extend([w, x, y, z].into_iter().flatten());
     }
-    let process = Process::start(&dir, &["payment.gateway.failure_rate=0.0"]).await;
+    let process = Process::start(&dir, &[]).await;
     let (code, report) = verify(&dir, "60").await;
     assert_eq!(code, 0, "{report}");
     assert!(accepted.len() > KILLS * 5, "the storm was no storm: {} orders", accepted.len());

@@ -13,8 +13,6 @@ use payment::gateway::Knobs;
 use serde_json::json;
 use uuid::Uuid;
 
-const CALM: Knobs = Knobs { latency_ms: 0, decline_rate: 0.0, failure_rate: 0.0 };
-
 async fn publish<E: consign::Event>(system: &System, event: &E, source: &str) {
     let envelope = Envelope {
         id: Uuid::now_v7(),
@@ -65,14 +63,14 @@ async fn what_is_out_of_stock_is_cancelled_whole() {
 #[tokio::test(start_paused = true)]
 async fn a_declined_payment_releases_the_stock() {
     let system = System::start().await;
-    system.gateway.set(Knobs { decline_rate: 1.0, ..CALM });
+    system.gateway.set(Knobs { decline_rate: 1.0, ..Knobs::CALM });
     let id = system.place("lamp", 5).await;
     system.until(&id, "cancelled").await;
     system.settled().await;
     assert_eq!(system.order(&id).await["reason"], "payment_failed");
     assert_eq!(system.stock_of("lamp").await, (5, 0));
     assert_eq!(system.payment_of(&id).await["status"], "failed");
-    system.gateway.set(CALM);
+    system.gateway.set(Knobs::CALM);
     let next = system.place("lamp", 5).await;
     system.until(&next, "confirmed").await;
 }
@@ -80,7 +78,7 @@ async fn a_declined_payment_releases_the_stock() {
 #[tokio::test(start_paused = true)]
 async fn an_order_unpaid_past_its_deadline_expires() {
     let system = System::start().await;
-    system.gateway.set(Knobs { failure_rate: 1.0, ..CALM });
+    system.gateway.set(Knobs { error_rate: 0.5, lost_answer_rate: 0.5, ..Knobs::CALM });
     let id = system.place("lamp", 5).await;
     system.until(&id, "reserved").await;
     system.bench.time.advance(Duration::from_secs(14 * 60)).await;
@@ -90,7 +88,7 @@ async fn an_order_unpaid_past_its_deadline_expires() {
     system.settled().await;
     assert_eq!(system.stock_of("lamp").await, (5, 0));
     // The gateway comes back: whatever it did before, nothing is kept.
-    system.gateway.set(CALM);
+    system.gateway.set(Knobs::CALM);
     let ended =
         async || matches!(system.payment_of(&id).await["status"].as_str(), Some("failed" | "refunded"));
     let minutes = Duration::from_secs(600);
@@ -108,7 +106,7 @@ async fn an_order_unpaid_past_its_deadline_expires() {
 #[tokio::test(start_paused = true)]
 async fn a_lost_answer_is_looked_up_and_not_charged_twice() {
     let system = System::start().await;
-    system.gateway.set(Knobs { failure_rate: 0.7, ..CALM });
+    system.gateway.set(Knobs { error_rate: 0.2, lost_answer_rate: 0.2, ..Knobs::CALM });
     let mut ids = Vec::new();
     for _ in 0..20 {
         ids.push(system.place("book", 1).await);
@@ -123,7 +121,7 @@ async fn a_lost_answer_is_looked_up_and_not_charged_twice() {
 #[tokio::test(start_paused = true)]
 async fn an_order_cancelled_while_it_is_charged_is_refunded() {
     let system = System::start().await;
-    system.gateway.set(Knobs { latency_ms: 2_000, ..CALM });
+    system.gateway.set(Knobs { latency_ms: 2_000, ..Knobs::CALM });
     let id = system.place("lamp", 5).await;
     system.until(&id, "reserved").await;
     let pending = async || system.payment_of(&id).await["status"] == "pending";
@@ -211,6 +209,7 @@ async fn a_cancellation_that_comes_before_its_order_forbids_it() {
         total: 12_500,
         currency: "EUR".into(),
         deadline: system.now() + Duration::from_secs(900),
+        payment_method: None,
     };
     publish(&system, &late, "/services/order").await;
     system.settled().await;

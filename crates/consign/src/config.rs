@@ -110,9 +110,8 @@ impl ServiceConfig {
     }
 }
 
-/// A secret as it is shown.
-#[expect(clippy::ref_option, reason = "serde hands over a reference to the field")]
-pub(crate) fn redacted<S: Serializer>(_: &Option<SecretString>, s: S) -> Result<S::Ok, S::Error> {
+/// A secret as it is shown: for `serialize_with`, on an `Option<SecretString>`.
+pub fn redacted<S: Serializer>(_: &Option<SecretString>, s: S) -> Result<S::Ok, S::Error> {
     s.serialize_str("(set)")
 }
 

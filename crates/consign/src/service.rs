@@ -245,6 +245,19 @@ impl Service {
         self
     }
 
+    /// Runs `work` from the start until it ends or the service stops, when it is dropped.
+    #[must_use]
+    pub fn worker<F>(mut self, work: impl FnOnce(Db) -> F + Send + 'static) -> Self
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let db = self.db.clone();
+        self.workers.push(Box::new(move |stop| {
+            Box::pin(async move { stop.run_until_cancelled_owned(work(db)).await.unwrap_or_default() })
+        }));
+        self
+    }
+
     /// Shows a circuit breaker in `/health`, metrics and `consign breaker`. Those of tasks and consumers are shown by themselves.
     #[must_use]
     pub fn breaker(mut self, breaker: &Breaker) -> Self {

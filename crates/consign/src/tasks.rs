@@ -8,7 +8,7 @@
 //! letter; [`Failure::dead_letter`] makes it one at once; [`Failure::pause`] is the outside's fault, and tried again for ever. A call refused by
 //! the handler's circuit breaker counts for nothing: the worker leases no tasks until the breaker lets calls through, and others may take them.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Duration;
@@ -677,6 +677,36 @@ fn leased<T: Task>(row: &Row) -> Result<Leased<T>, DbError> {
             traceparent: row.get("traceparent")?,
         },
     })
+}
+
+/// How far a task has come.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Progress {
+    /// How often it was taken up.
+    pub attempts: u32,
+    /// When it runs next.
+    pub due_at: Timestamp,
+    /// What went wrong last, with its causes.
+    pub last_error: Option<String>,
+}
+
+/// How far these tasks have come, by key; those that have ended, or are dead letters, are not among them.
+pub async fn progress<T: Task>(db: &Db, keys: &[String]) -> Result<HashMap<String, Progress>, DbError> {
+    if keys.is_empty() {
+        return Ok(HashMap::new());
+    }
+    let rows = db
+        .query("SELECT key, attempts, due_at, last_error FROM tasks WHERE kind = $1 AND key IN (SELECT k FROM {$2: k})")
+        .bind(T::KIND)
+        .rows(keys.iter().map(|k| (k.as_str(),)))
+        .fetch_all()
+        .await?;
+    rows.iter()
+        .map(|r| {
+            let (attempts, due_at, last_error) = (r.get("attempts")?, r.get("due_at")?, r.get("last_error")?);
+            Ok((r.get("key")?, Progress { attempts, due_at, last_error }))
+        })
+        .collect()
 }
 
 /// How many tasks could run now, for metrics.

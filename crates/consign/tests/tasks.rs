@@ -89,9 +89,9 @@ impl Bell {
         let permit = breaker.acquire()?;
         let result = self.call();
         if result.is_ok() {
-            permit.succeeded()
+            permit.succeeded();
         } else {
-            permit.failed()
+            permit.failed();
         }
         result
     }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use contracts::{OrderLine, Shortage};
+use contracts::{OrderLine, ReturnedLine, Shortage};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -64,9 +64,37 @@ impl Lines {
         Self(lines)
     }
 
+    /// What comes back, pieces of the same product added up.
+    pub fn returned(lines: &[ReturnedLine]) -> Self {
+        let mut returned = BTreeMap::new();
+        for line in lines {
+            *returned.entry(line.product_id.clone()).or_insert(0) += i64::from(line.quantity);
+        }
+        Self(returned)
+    }
+
+    /// Both together.
+    #[must_use]
+    pub fn plus(mut self, other: &Self) -> Self {
+        for (id, quantity) in &other.0 {
+            *self.0.entry(id.clone()).or_insert(0) += quantity;
+        }
+        self
+    }
+
+    /// Whether none of these is more than in `other`.
+    pub fn fits_in(&self, other: &Self) -> bool {
+        self.0.iter().all(|(id, quantity)| other.0.get(id).is_some_and(|of| quantity <= of))
+    }
+
     /// The products.
     pub fn products(&self) -> impl Iterator<Item = &str> {
         self.0.keys().map(String::as_str)
+    }
+
+    /// Each product and how much of it.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, i64)> {
+        self.0.iter().map(|(id, quantity)| (id.as_str(), *quantity))
     }
 }
 
@@ -122,6 +150,12 @@ pub enum Misfit {
     /// Confirmed, but there is no reservation yet: its order may still arrive.
     #[error("confirmed, but not reserved yet")]
     NotReservedYet,
+    /// Given back, but not sold yet: its confirmation may still arrive.
+    #[error("given back, but not sold yet")]
+    NotSoldYet,
+    /// More comes back than was sold.
+    #[error("more is given back than the order bought")]
+    MoreThanSold,
     /// What cannot be: somebody's bookkeeping is wrong.
     #[error("{event} although its reservation is {}", .state.as_str())]
     Impossible {
@@ -187,6 +221,32 @@ pub fn confirmed(shelf: &mut Shelf, current: Option<Reservation>, lines: &Lines)
     }
 }
 
+/// Pieces of a sold order come back, after those in `before`: to the shelf, or to be written off.
+pub fn returned(
+    shelf: &mut Shelf,
+    current: Option<Reservation>,
+    sold: &Lines,
+    before: &Lines,
+    back: &Lines,
+    restock: bool,
+) -> Result<(), Misfit> {
+    match current {
+        None | Some(Reservation::Reserved) => return Err(Misfit::NotSoldYet),
+        Some(Reservation::Committed) => {}
+        Some(state) => return Err(Misfit::Impossible { event: "refunded", state }),
+    }
+    if !before.clone().plus(back).fits_in(sold) {
+        return Err(Misfit::MoreThanSold);
+    }
+    change(shelf, back, |s, q| {
+        s.sold -= q;
+        if restock {
+            s.on_hand += q;
+        }
+    });
+    Ok(())
+}
+
 fn change(shelf: &mut Shelf, lines: &Lines, f: impl Fn(&mut Stock, i64)) {
     for (id, &quantity) in &lines.0 {
         if let Some(stock) = shelf.get_mut(id) {
@@ -214,6 +274,7 @@ mod tests {
         Cancelled(usize),
         Confirmed(usize),
         Moved(usize, i64),
+        Returned(usize, usize, i64, bool),
     }
 
     fn steps() -> impl Strategy<Value = Vec<Step>> {
@@ -222,6 +283,8 @@ mod tests {
             (0..6usize).prop_map(Step::Cancelled),
             (0..6usize).prop_map(Step::Confirmed),
             (0..3usize, -20..40i64).prop_map(|(p, d)| Step::Moved(p, d)),
+            (0..6usize, 0..3usize, 1..20i64, any::<bool>())
+                .prop_map(|(o, p, q, r)| Step::Returned(o, p, q, r)),
         ];
         prop::collection::vec(step, 0..60)
     }
@@ -246,12 +309,20 @@ mod tests {
             let mut shelf: Shelf = (0..3).map(|i| (product(i), Stock::default())).collect();
             let mut received = [0i64; 3];
             let mut states: Vec<Option<Reservation>> = vec![None; 6];
+            let mut back: Vec<Lines> = vec![Lines::default(); 6];
             for step in steps {
                 match step {
                     Step::Moved(p, delta) => {
                         if let Ok(stock) = moved(shelf[&product(p)], delta) {
                             shelf.insert(product(p), stock);
                             received[p] += delta;
+                        }
+                    }
+                    Step::Returned(o, p, quantity, restock) => {
+                        let lines = Lines(BTreeMap::from([(product(p), quantity)]));
+                        if returned(&mut shelf, states[o], &Lines::of(&orders[o]), &back[o], &lines, restock).is_ok() {
+                            back[o] = back[o].clone().plus(&lines);
+                            received[p] -= if restock { 0 } else { quantity };
                         }
                     }
                     Step::Created(o) => match created(&mut shelf, states[o], &Lines::of(&orders[o])) {
@@ -269,7 +340,8 @@ mod tests {
                     let held = |r| orders.iter().zip(&states).filter(|(_, s)| **s == Some(r))
                         .map(|(o, _)| Lines::of(o).0.get(&product(p)).copied().unwrap_or(0)).sum::<i64>();
                     prop_assert_eq!(s.reserved(), held(Reservation::Reserved));
-                    prop_assert_eq!(s.sold(), held(Reservation::Committed));
+                    let back = back.iter().map(|l| l.0.get(&product(p)).copied().unwrap_or(0)).sum::<i64>();
+                    prop_assert_eq!(s.sold(), held(Reservation::Committed) - back);
                 }
             }
         }

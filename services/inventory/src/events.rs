@@ -4,7 +4,10 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use consign::handler::Item;
 use consign::{Batch, Consumer, ConsumerOptions, DbError, Emission, Failure, Timestamp, Tx};
-use contracts::{OrderCancelled, OrderConfirmed, OrderCreated, StockRejected, StockReserved, streams};
+use contracts::{
+    OrderCancelled, OrderConfirmed, OrderCreated, OrderDeadlineExtended, OrderRefunded, StockRejected,
+    StockReserved, streams,
+};
 use uuid::Uuid;
 
 use crate::domain::{self, Lines, Misfit, Outcome, Reservation, Shelf};
@@ -17,6 +20,8 @@ pub fn orders(options: ConsumerOptions) -> Consumer<()> {
         .on(created)
         .on(cancelled)
         .on(confirmed)
+        .on(deadline_extended)
+        .on(refunded)
 }
 
 /// What a batch starts from, and where it gets to.
@@ -100,6 +105,7 @@ async fn created(Batch(orders): Batch<OrderCreated>, mut tx: Tx) -> Result<(), F
                     amount: order.total,
                     currency: order.currency.clone(),
                     expires_at: order.deadline,
+                    payment_method: order.payment_method.clone(),
                 };
                 tx.emit(Emission::new(event, id.to_string(), 1).lane(lane).caused_by(cause))
                     .map_err(|e| Failure::from(e).of(&order.envelope))?;
@@ -139,6 +145,57 @@ async fn confirmed(Batch(orders): Batch<OrderConfirmed>, mut tx: Tx) -> Result<(
     Ok(ledger.save(&mut tx).await?)
 }
 
+async fn deadline_extended(Batch(orders): Batch<OrderDeadlineExtended>, mut tx: Tx) -> Result<(), Failure> {
+    // The latest of each, for a statement can change a row only once.
+    let mut latest: BTreeMap<Uuid, Timestamp> = BTreeMap::new();
+    for order in &orders {
+        let until = latest.entry(order.order_id).or_insert(order.deadline);
+        *until = order.deadline.max(*until);
+    }
+    Ok(store::extend(&mut tx, &latest.into_iter().collect::<Vec<_>>()).await?)
+}
+
+async fn refunded(Batch(orders): Batch<OrderRefunded>, mut tx: Tx) -> Result<(), Failure> {
+    let ids: Vec<Uuid> = orders.iter().map(|o| o.order_id).collect();
+    let mut ledger = Ledger::load(&mut tx, &ids, &[]).await?;
+    let mut returned = store::returned(&mut tx, &ids).await?;
+    let mut new = Vec::new();
+    let mut written_off = Vec::new();
+    for order in &orders {
+        let before = returned.entry(order.order_id).or_default();
+        if before.contains_key(&order.refund_id) {
+            continue;
+        }
+        let all = before.values().fold(Lines::default(), Lines::plus);
+        let back = Lines::returned(&order.lines);
+        let (current, sold) = ledger.current(order.order_id);
+        domain::returned(&mut ledger.shelf, current, &sold, &all, &back, order.restock).map_err(|e| {
+            let failure = match e {
+                Misfit::NotSoldYet => Failure::retry(e),
+                _ => Failure::dead_letter(e),
+            };
+            failure.of(&order.envelope)
+        })?;
+        if !order.restock {
+            written_off.extend(back.iter().map(|(id, quantity)| (id.to_owned(), quantity, order)));
+        }
+        before.insert(order.refund_id, back.clone());
+        new.push((order.refund_id, order.order_id, back, order.restock));
+    }
+    let movements: Vec<store::Movement> = written_off
+        .into_iter()
+        .map(|(product_id, quantity, order)| store::Movement {
+            product_id,
+            delta: -quantity,
+            reason: format!("given back by order {}, written off", order.order_id),
+            correlation_id: order.envelope.cause.correlation_id.to_string(),
+        })
+        .collect();
+    store::insert_returns(&mut tx, &new).await?;
+    store::insert_movements(&mut tx, &movements).await?;
+    Ok(ledger.save(&mut tx).await?)
+}
+
 fn settle<E>(
     ledger: &mut Ledger,
     item: &Item<E>,
@@ -153,6 +210,6 @@ fn settle<E>(
         }
         Ok(Outcome::Unchanged | Outcome::Short(_)) => Ok(()),
         Err(e @ Misfit::NotReservedYet) => Err(Failure::retry(e).of(&item.envelope)),
-        Err(e @ Misfit::Impossible { .. }) => Err(Failure::dead_letter(e).of(&item.envelope)),
+        Err(e) => Err(Failure::dead_letter(e).of(&item.envelope)),
     }
 }

@@ -1,6 +1,6 @@
 //! Inventory: products, their stock, and what of it is promised to orders.
 //!
-//! Consumes `orders.created`, `orders.cancelled`, `orders.confirmed`; publishes `inventory.reserved`, `inventory.rejected`,
+//! Consumes `orders.created`, `orders.cancelled`, `orders.confirmed`, `orders.deadline_extended`, `orders.refunded`; publishes `inventory.reserved`, `inventory.rejected`,
 //! `products.changed`.
 
 pub mod domain;
@@ -21,12 +21,20 @@ use serde::{Deserialize, Serialize};
 /// The service's name, in configuration, logs, metrics and event sources.
 pub const NAME: &str = "inventory";
 
-const MIGRATIONS: &[Migration] = &[Migration {
-    version: 1,
-    name: "products, reservations",
-    sqlite: include_str!("../migrations/1.sqlite.sql"),
-    postgres: include_str!("../migrations/1.postgres.sql"),
-}];
+const MIGRATIONS: &[Migration] = &[
+    Migration {
+        version: 1,
+        name: "products, reservations",
+        sqlite: include_str!("../migrations/1.sqlite.sql"),
+        postgres: include_str!("../migrations/1.postgres.sql"),
+    },
+    Migration {
+        version: 2,
+        name: "returns",
+        sqlite: include_str!("../migrations/2.sqlite.sql"),
+        postgres: include_str!("../migrations/2.postgres.sql"),
+    },
+];
 
 /// The section `[inventory]`.
 #[derive(Clone, Debug, Serialize, Deserialize)]

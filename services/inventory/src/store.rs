@@ -115,12 +115,19 @@ pub async fn shelf(tx: &mut Tx, products: &[&str]) -> Result<Shelf, DbError> {
 
 /// Writes the stock that differs from `before`, as differences.
 pub async fn save_shelf(tx: &mut Tx, before: &Shelf, after: &Shelf) -> Result<(), DbError> {
-    let changes: Vec<(&str, i64, i64, i64)> = after
+    let changes: Vec<(&str, i64, i64, i64, i64)> = after
         .iter()
         .filter_map(|(id, a)| {
             let b = before.get(id)?;
             (a != b).then(|| {
-                (id.as_str(), a.on_hand() - b.on_hand(), a.reserved() - b.reserved(), a.sold() - b.sold())
+                let more = |f: fn(&Stock) -> i64| f(a) - f(b);
+                (
+                    id.as_str(),
+                    more(Stock::on_hand),
+                    more(Stock::reserved),
+                    more(Stock::sold),
+                    more(Stock::received),
+                )
             })
         })
         .collect();
@@ -130,8 +137,8 @@ pub async fn save_shelf(tx: &mut Tx, before: &Shelf, after: &Shelf) -> Result<()
     let now = tx.now();
     tx.query(
         "UPDATE products SET on_hand = on_hand + r.more_on_hand, reserved = reserved + r.more_reserved,
-             sold = sold + r.more_sold, updated_at = $1
-         FROM {$2: product_id, more_on_hand, more_reserved, more_sold} WHERE products.id = r.product_id",
+             sold = sold + r.more_sold, received = received + r.more_received, updated_at = $1
+         FROM {$2: product_id, more_on_hand, more_reserved, more_sold, more_received} WHERE products.id = r.product_id",
     )
     .bind(now)
     .rows(changes)
@@ -206,6 +213,82 @@ pub async fn update_reservations(tx: &mut Tx, changed: &[(Uuid, Reservation)]) -
     )
     .bind(now)
     .rows(changed.iter().map(|(id, status)| (*id, status.as_str())))
+    .execute()
+    .await?;
+    Ok(())
+}
+
+/// Reservations that last longer than was said.
+pub async fn extend(tx: &mut Tx, later: &[(Uuid, Timestamp)]) -> Result<(), DbError> {
+    let now = tx.now();
+    tx.query(
+        "UPDATE reservations SET expires_at = r.until, updated_at = $1 FROM {$2: id, until}
+         WHERE order_id = r.id AND status = 'reserved' AND expires_at < r.until",
+    )
+    .bind(now)
+    .rows(later.iter().copied())
+    .execute()
+    .await?;
+    Ok(())
+}
+
+/// What has come back of these orders, by refund. Their reservations are to be loaded first: those are what is locked.
+pub async fn returned(tx: &mut Tx, orders: &[Uuid]) -> Result<HashMap<Uuid, HashMap<Uuid, Lines>>, DbError> {
+    let rows = tx
+        .query("SELECT order_id, refund_id, lines FROM returns WHERE order_id IN (SELECT i FROM {$1: i})")
+        .rows(orders.iter().map(|id| (*id,)))
+        .fetch_all()
+        .await?;
+    let mut returned: HashMap<Uuid, HashMap<Uuid, Lines>> = HashMap::new();
+    for row in &rows {
+        let lines = row.get::<Json<Lines>>("lines")?.0;
+        returned.entry(row.get("order_id")?).or_default().insert(row.get("refund_id")?, lines);
+    }
+    Ok(returned)
+}
+
+/// What comes back: the refund, its order, the pieces, and whether they go to the shelf.
+pub async fn insert_returns(tx: &mut Tx, returns: &[(Uuid, Uuid, Lines, bool)]) -> Result<(), DbError> {
+    if returns.is_empty() {
+        return Ok(());
+    }
+    let now = tx.now();
+    tx.query(
+        "INSERT INTO returns (refund_id, order_id, lines, restocked, at)
+         SELECT refund_id, order_id, lines, restocked, $1 FROM {$2: refund_id, order_id, lines, restocked}",
+    )
+    .bind(now)
+    .rows(
+        returns
+            .iter()
+            .map(|(refund, order, lines, restock)| (*refund, *order, Json(lines.clone()), *restock)),
+    )
+    .execute()
+    .await?;
+    Ok(())
+}
+
+/// Stock that was received or written off.
+#[derive(Debug)]
+pub struct Movement {
+    pub product_id: String,
+    pub delta: i64,
+    pub reason: String,
+    pub correlation_id: String,
+}
+
+/// Records movements; the stock itself is written by [`save_shelf`].
+pub async fn insert_movements(tx: &mut Tx, movements: &[Movement]) -> Result<(), DbError> {
+    if movements.is_empty() {
+        return Ok(());
+    }
+    let now = tx.now();
+    tx.query(
+        "INSERT INTO stock_movements (product_id, delta, reason, correlation_id, at)
+         SELECT product_id, delta, reason, correlation_id, $1 FROM {$2: product_id, delta, reason, correlation_id}",
+    )
+    .bind(now)
+    .rows(movements.iter().map(|m| (m.product_id.as_str(), m.delta, m.reason.as_str(), m.correlation_id.as_str())))
     .execute()
     .await?;
     Ok(())

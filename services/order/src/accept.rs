@@ -12,7 +12,7 @@ use consign::{Db, DbError, Emission, Lane, Tx};
 use contracts::OrderCreated;
 use uuid::Uuid;
 
-use crate::deadline::Deadline;
+use crate::deadline;
 use crate::domain::{self, Order, PriceFault, Status, Wanted};
 use crate::http::OrderView;
 use crate::store::{self, Entry};
@@ -28,6 +28,7 @@ pub struct Request {
     pub customer_id: String,
     pub wanted: Vec<Wanted>,
     pub lane: Lane,
+    pub payment_method: Option<String>,
     /// The idempotency key and the fingerprint of the body, if a key was sent.
     pub key: Option<(String, Uuid)>,
     pub cause: Cause,
@@ -67,7 +68,7 @@ impl<'a> consign::db::Work<'a, Request, Answer> for Accept {
     }
 }
 
-async fn accept(tx: &mut Tx, group: &[Request], deadline: Duration) -> Result<Vec<Answer>, DbError> {
+async fn accept(tx: &mut Tx, group: &[Request], time: Duration) -> Result<Vec<Answer>, DbError> {
     let keys: Vec<&str> = group.iter().filter_map(|r| r.key.as_ref().map(|(k, _)| k.as_str())).collect();
     let mut known: HashMap<String, (Uuid, Answer)> = idempotency::lookup(tx, OPERATION, &keys)
         .await?
@@ -111,11 +112,14 @@ async fn accept(tx: &mut Tx, group: &[Request], deadline: Duration) -> Result<Ve
             total: priced.total,
             items: priced.items,
             payment_id: None,
+            payment_method: r.payment_method.clone(),
+            refunding: 0,
+            refunded: 0,
             correlation_id: r.cause.correlation_id.to_string(),
             version: 1,
             created_at: now,
             updated_at: now,
-            deadline: now + deadline,
+            deadline: now + time,
         };
         let event = OrderCreated {
             order_id: order.id,
@@ -124,16 +128,11 @@ async fn accept(tx: &mut Tx, group: &[Request], deadline: Duration) -> Result<Ve
             total: order.total,
             currency: order.currency.clone(),
             deadline: order.deadline,
+            payment_method: order.payment_method.clone(),
         };
         let emission = Emission::new(event, order.id.to_string(), 1).lane(r.lane).caused_by(r.cause.clone());
         let event_id = tx.emit(emission).map_err(|e| DbError::Sql(sqlx::Error::Encode(Box::new(e))))?;
-        tx.schedule_for(
-            order.id.to_string(),
-            &Deadline { order_id: order.id },
-            order.deadline,
-            r.lane,
-            r.cause.clone(),
-        )?;
+        deadline::schedule(tx, &order, r.cause.clone())?;
         entries.push(Entry {
             order_id: order.id,
             version: 1,

@@ -61,6 +61,12 @@ pub enum Input {
     CancelRequested,
     /// The deadline passed.
     Expired,
+    /// The deadline passed, but the payment gateway is out of reach: there is time until then.
+    GivenTime(Timestamp),
+    /// Payment made a refund that was under way.
+    RefundDone(Uuid),
+    /// Payment will not make it.
+    RefundRejected(Uuid),
 }
 
 /// What becomes of the order.
@@ -72,6 +78,12 @@ pub enum Decision {
     Confirm(Uuid),
     /// It is cancelled; `orders.cancelled` follows.
     Cancel(CancelReason),
+    /// It may be unpaid until then; `orders.deadline_extended` follows.
+    Extend(Timestamp),
+    /// A refund is made; `orders.refunded` follows.
+    FinishRefund(Uuid),
+    /// A refund will not be made.
+    RejectRefund(Uuid),
     /// It stays as it is, but the timeline says what came.
     Note,
     /// Nothing: known already.
@@ -90,7 +102,13 @@ pub fn decide(status: Status, input: Input) -> Decision {
         (Pending | Reserved, Input::PaymentFailed) => Decision::Cancel(CancelReason::PaymentFailed),
         (Pending, Input::Rejected) => Decision::Cancel(CancelReason::OutOfStock),
         (Pending | Reserved, Input::CancelRequested) => Decision::Cancel(CancelReason::Requested),
-        (Pending | Reserved, Input::Expired) => Decision::Cancel(CancelReason::Expired),
+        // Without stock there is nothing to give time for.
+        (Pending | Reserved, Input::Expired) | (Pending, Input::GivenTime(_)) => {
+            Decision::Cancel(CancelReason::Expired)
+        }
+        (Reserved, Input::GivenTime(until)) => Decision::Extend(until),
+        (Confirmed, Input::RefundDone(refund)) => Decision::FinishRefund(refund),
+        (Confirmed, Input::RefundRejected(refund)) => Decision::RejectRefund(refund),
         (Confirmed, Input::CancelRequested) => Decision::TooLate,
         // Payment hears of the cancellation too and refunds; the order only remembers.
         (Cancelled, Input::Paid(_) | Input::Refunded) => Decision::Note,
@@ -215,6 +233,9 @@ pub struct Order {
     pub total: i64,
     pub items: Vec<OrderLine>,
     pub payment_id: Option<Uuid>,
+    pub payment_method: Option<String>,
+    pub refunding: i64,
+    pub refunded: i64,
     pub correlation_id: String,
     pub version: u64,
     pub created_at: Timestamp,
@@ -236,6 +257,9 @@ mod tests {
             Just(Input::Refunded),
             Just(Input::CancelRequested),
             Just(Input::Expired),
+            Just(Input::GivenTime(Timestamp::from_millis(1))),
+            Just(Input::RefundDone(Uuid::nil())),
+            Just(Input::RefundRejected(Uuid::nil())),
         ];
         prop::collection::vec(input, 0..12)
     }
@@ -245,7 +269,12 @@ mod tests {
             Decision::Reserve => Status::Reserved,
             Decision::Confirm(_) => Status::Confirmed,
             Decision::Cancel(_) => Status::Cancelled,
-            Decision::Note | Decision::Ignore | Decision::TooLate => status,
+            Decision::Extend(_)
+            | Decision::FinishRefund(_)
+            | Decision::RejectRefund(_)
+            | Decision::Note
+            | Decision::Ignore
+            | Decision::TooLate => status,
         }
     }
 

@@ -8,11 +8,11 @@ use axum::Json;
 use axum::extract::{FromRef, Path, State};
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use consign::http::idempotency::{fingerprint, key_reused};
-use consign::http::{Body, Correlation, Id, IdempotencyKey, Params, Problem};
+use consign::http::idempotency::{self, fingerprint, key_reused};
+use consign::http::{Admin, Body, Correlation, Id, IdempotencyKey, Params, Problem};
 use consign::schema::Fault;
-use consign::{Db, EventId, Lane, Timestamp};
-use contracts::{OrderLine, is_product_id};
+use consign::{Db, Emission, EventId, Lane, Timestamp};
+use contracts::{OrderLine, OrderRefundRequested, ReturnedLine, is_payment_method, is_product_id};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
@@ -20,8 +20,9 @@ use uuid::Uuid;
 
 use crate::accept::{Acceptor, Answer, Request};
 use crate::domain::{Decision, Input, Order, Status, Wanted};
+use crate::refunds::{self, Progress, RefundFault};
 use crate::saga::{self, Advanced, Step};
-use crate::store;
+use crate::store::{self, Entry};
 
 #[derive(Clone, FromRef)]
 pub struct AppState {
@@ -52,6 +53,16 @@ pub fn router(state: AppState) -> ApiRouter {
             "/orders/{id}/cancel",
             post_with(cancel, |o| o.summary("Cancel it, until it is confirmed").tag("orders")),
         )
+        .api_route(
+            "/orders/{id}/refund",
+            post_with(refund, |o| {
+                o.summary("Give money back for a confirmed order, all of it or by lines")
+                    .description("Needs the admin token and an Idempotency-Key. Payment decides; `GET …/refunds` says how it ended.")
+                    .tag("orders")
+                    .response_with::<202, Json<RefundView>, _>(|r| r.description("Asked for"))
+            }),
+        )
+        .api_route("/orders/{id}/refunds", get_with(refunds, |o| o.summary("Its refunds, the oldest first").tag("orders")))
         .with_state(state)
 }
 
@@ -73,6 +84,10 @@ pub struct OrderView {
     currency: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     payment_id: Option<Uuid>,
+    /// Of the total, in minor units, what was given back.
+    refunded: i64,
+    /// Of the total, in minor units, what is being given back.
+    refunding: i64,
     correlation_id: String,
     created_at: Timestamp,
     updated_at: Timestamp,
@@ -92,6 +107,8 @@ impl From<Order> for OrderView {
             total: o.total,
             currency: o.currency,
             payment_id: o.payment_id,
+            refunded: o.refunded,
+            refunding: o.refunding,
             correlation_id: o.correlation_id,
             created_at: o.created_at,
             updated_at: o.updated_at,
@@ -111,6 +128,10 @@ struct PlaceOrder {
     /// `standard` if left out.
     #[serde(default)]
     lane: Lane,
+    /// What to charge: the payment gateway's token, as `pm_…` of Stripe. Never a card number. The simulated gateway needs none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 255))]
+    payment_method: Option<String>,
 }
 
 #[derive(Debug, Serialize, Deserialize, JsonSchema)]
@@ -128,6 +149,10 @@ impl PlaceOrder {
         let detail = || "1 to 64 of A-Z, a-z, 0-9, '_' and '-'".to_owned();
         if !is_product_id(&self.customer_id) {
             faults.push(Fault { pointer: "/customer_id".into(), detail: detail() });
+        }
+        if self.payment_method.as_deref().is_some_and(|m| !is_payment_method(m)) {
+            let detail = "the payment gateway's token, 1 to 255 of A-Z, a-z, 0-9, '_' and '-'; a card number must never come here";
+            faults.push(Fault { pointer: "/payment_method".into(), detail: detail.into() });
         }
         for (i, item) in self.items.iter().enumerate() {
             if !is_product_id(&item.product_id) {
@@ -165,6 +190,7 @@ async fn place(
         customer_id: order.customer_id,
         wanted,
         lane: order.lane,
+        payment_method: order.payment_method,
         key,
         cause,
     };
@@ -345,4 +371,161 @@ async fn cancel(
         }
         _ => Err(unknown(id)),
     }
+}
+
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct RefundOrder {
+    /// Which pieces; if left out, all that are left.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 100))]
+    lines: Option<Vec<ReturnedLine>>,
+    /// Whether they go back to the shelf (`true` if left out), or are written off.
+    #[serde(default = "yes")]
+    restock: bool,
+    /// For the record.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 200))]
+    reason: Option<String>,
+}
+
+fn yes() -> bool {
+    true
+}
+
+/// A refund as it is shown.
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
+struct RefundView {
+    id: Uuid,
+    order_id: Uuid,
+    /// In minor units.
+    amount: i64,
+    /// `pending`, `done` or `rejected`.
+    status: String,
+    lines: Vec<ReturnedLine>,
+    /// Back to the shelf; otherwise written off.
+    restock: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reason: Option<String>,
+    /// Why payment would not.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    rejection: Option<String>,
+    created_at: Timestamp,
+    updated_at: Timestamp,
+}
+
+impl From<refunds::Refund> for RefundView {
+    fn from(r: refunds::Refund) -> Self {
+        Self {
+            id: r.id,
+            order_id: r.order_id,
+            amount: r.amount,
+            status: r.progress.as_str().to_owned(),
+            lines: r.lines,
+            restock: r.restock,
+            reason: r.reason,
+            rejection: r.rejection,
+            created_at: r.created_at,
+            updated_at: r.updated_at,
+        }
+    }
+}
+
+const REFUND: &str = "refund order";
+
+async fn refund(
+    _: Admin,
+    State(db): State<Db>,
+    Correlation(cause): Correlation,
+    Path(Id { id }): Path<Id>,
+    IdempotencyKey(key): IdempotencyKey,
+    Body(body): Body<RefundOrder>,
+) -> Result<(StatusCode, Json<RefundView>), Problem> {
+    let id = order_id(&id)?;
+    let key = key.ok_or_else(|| {
+        Problem::bad_request(
+            "the Idempotency-Key header is missing; a repeated request must not refund twice",
+        )
+    })?;
+    let print = fingerprint(&serde_json::json!([id, &body]));
+    let mut tx = db.begin_for(cause.clone()).await?;
+    // Loaded first, for that locks it: of two requests at a time the second sees what the first did.
+    let Some(mut order) = store::load(&mut tx, &[id]).await?.remove(&id) else { return Err(unknown(id)) };
+    if let Some(before) = idempotency::lookup(&mut tx, REFUND, &[&key]).await?.remove(&key) {
+        tx.rollback().await;
+        if before.fingerprint != print {
+            return Err(key_reused());
+        }
+        let answer = serde_json::from_str(&before.answer).map_err(|e| Problem::internal(&e))?;
+        return Ok((StatusCode::ACCEPTED, Json(answer)));
+    }
+    let earlier = store::refunds_of(&mut tx, id).await?;
+    let (lines, amount) = refunds::plan(&order, &earlier, body.lines.as_deref()).map_err(|e| match &e {
+        RefundFault::TooMany { line, .. } => {
+            let fault = Fault { pointer: format!("/lines/{line}"), detail: e.to_string() };
+            Problem::unprocessable("the order cannot be refunded so", vec![fault])
+        }
+        _ => Problem::conflict(e.to_string()),
+    })?;
+    let now = tx.now();
+    let refund = refunds::Refund {
+        id: Uuid::now_v7(),
+        order_id: id,
+        amount,
+        lines,
+        restock: body.restock,
+        reason: body.reason,
+        progress: Progress::Pending,
+        rejection: None,
+        created_at: now,
+        updated_at: now,
+    };
+    let was = order.version;
+    order.version += 1;
+    order.refunding += amount;
+    let correlation_id = order.correlation_id.parse().unwrap_or_else(|_| cause.correlation_id.clone());
+    let event = OrderRefundRequested {
+        refund_id: refund.id,
+        order_id: id,
+        amount,
+        currency: order.currency.clone(),
+        reason: refund.reason.clone(),
+    };
+    let emission = Emission::new(event, id.to_string(), order.version)
+        .lane(order.lane)
+        .caused_by(consign::event::Cause { correlation_id, ..cause });
+    let event_id = tx.emit(emission).map_err(|e| Problem::internal(&e))?;
+    let detail = match &refund.reason {
+        Some(reason) => format!("{amount} {}: {reason}", order.currency),
+        None => format!("{amount} {}", order.currency),
+    };
+    let entry = Entry {
+        order_id: id,
+        version: order.version,
+        event: "orders.refund_requested".into(),
+        detail: Some(detail),
+        event_id: Some(event_id),
+    };
+    store::insert_refund(&mut tx, &refund).await?;
+    store::update(&mut tx, &[(was, &order)]).await?;
+    store::append(&mut tx, &[entry]).await?;
+    let view = RefundView::from(refund);
+    let answer = serde_json::to_string(&view).map_err(|e| Problem::internal(&e))?;
+    idempotency::record(&mut tx, REFUND, &[(&key, print, answer)]).await?;
+    tx.commit().await?;
+    Ok((StatusCode::ACCEPTED, Json(view)))
+}
+
+#[derive(Serialize, JsonSchema)]
+struct Refunds {
+    refunds: Vec<RefundView>,
+}
+
+async fn refunds(State(db): State<Db>, Path(Id { id }): Path<Id>) -> Result<Json<Refunds>, Problem> {
+    let id = order_id(&id)?;
+    if store::find(&db, id).await?.is_none() {
+        return Err(unknown(id));
+    }
+    let found = store::list_refunds(&db, id).await?;
+    Ok(Json(Refunds { refunds: found.into_iter().map(RefundView::from).collect() }))
 }

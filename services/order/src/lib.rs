@@ -1,12 +1,13 @@
 //! Order: takes orders, and carries each to its end.
 //!
 //! Consumes `inventory.reserved`, `inventory.rejected`, `payments.*`, `products.changed`; publishes `orders.created`,
-//! `orders.confirmed`, `orders.cancelled`. It alone decides an order's fate, its deadline included.
+//! `orders.confirmed`, `orders.cancelled`, `orders.deadline_extended`, `orders.refund_requested`, `orders.refunded`. It alone decides an order's fate, its deadline included.
 
 mod accept;
 mod deadline;
 pub mod domain;
 mod http;
+pub mod refunds;
 mod saga;
 mod store;
 
@@ -22,15 +23,26 @@ use consign::{Clock, ConsumerOptions, Db, DbError, Migration, Service, Topology}
 use contracts::streams;
 use serde::{Deserialize, Serialize};
 
+use deadline::Expire;
+pub use deadline::OnOutage;
+
 /// The service's name, in configuration, logs, metrics and event sources.
 pub const NAME: &str = "order";
 
-const MIGRATIONS: &[Migration] = &[Migration {
-    version: 1,
-    name: "orders, timeline, products",
-    sqlite: include_str!("../migrations/1.sqlite.sql"),
-    postgres: include_str!("../migrations/1.postgres.sql"),
-}];
+const MIGRATIONS: &[Migration] = &[
+    Migration {
+        version: 1,
+        name: "orders, timeline, products",
+        sqlite: include_str!("../migrations/1.sqlite.sql"),
+        postgres: include_str!("../migrations/1.postgres.sql"),
+    },
+    Migration {
+        version: 2,
+        name: "payment methods, refunds, outages",
+        sqlite: include_str!("../migrations/2.sqlite.sql"),
+        postgres: include_str!("../migrations/2.postgres.sql"),
+    },
+];
 
 /// The section `[order]`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -47,6 +59,11 @@ pub struct Config {
     /// Unpaid for so long, an order is cancelled.
     #[serde(with = "humantime_serde")]
     pub deadline: Duration,
+    /// `expire` or `extend`: what becomes of orders whose deadline passes while the payment gateway is out of reach.
+    pub on_payment_outage: OnOutage,
+    /// Extended or not, no order stays unpaid for longer.
+    #[serde(with = "humantime_serde")]
+    pub extend_limit: Duration,
 }
 
 impl Default for Config {
@@ -57,6 +74,8 @@ impl Default for Config {
             consumer: ConsumerOptions::default(),
             tasks: TaskOptions::default(),
             deadline: Duration::from_secs(15 * 60),
+            on_payment_outage: OnOutage::Expire,
+            extend_limit: Duration::from_secs(24 * 3600),
         }
     }
 }
@@ -77,6 +96,12 @@ impl Config {
         let mut faults = self.service().check(NAME, STREAM_AGE);
         if self.deadline < Duration::from_secs(1) {
             faults.push(format!("order.deadline = {:?} must be at least 1s", self.deadline));
+        }
+        if self.extend_limit < self.deadline {
+            faults.push(format!(
+                "order.extend_limit = {:?} must not be below order.deadline = {:?}",
+                self.extend_limit, self.deadline
+            ));
         }
         faults
     }
@@ -99,6 +124,11 @@ pub fn topology(config: &Config) -> Topology {
 
 /// The whole service, ready to start.
 pub fn service(config: &Config, db: Db, broker: Arc<dyn Broker>) -> Service {
+    let expire = Expire {
+        on_outage: config.on_payment_outage,
+        deadline: config.deadline,
+        extend_limit: config.extend_limit,
+    };
     let state = http::AppState {
         db: db.clone(),
         acceptor: accept::acceptor(db.clone(), config.deadline),
@@ -106,6 +136,6 @@ pub fn service(config: &Config, db: Db, broker: Arc<dyn Broker>) -> Service {
     };
     Service::new(config.service(), db, broker, "Takes orders, and carries each to its end.")
         .topology(topology(config))
-        .tasks(deadline::Expire, config.tasks)
+        .tasks(expire, config.tasks)
         .http(move || http::router(state))
 }

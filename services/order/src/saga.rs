@@ -1,17 +1,19 @@
 //! The saga's steps: events, cancellations and deadlines all go through [`advance`], which decides, writes and announces for a whole batch.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use consign::event::{Cause, Envelope};
-use consign::{Batch, Consumer, ConsumerOptions, DbError, Emission, EventId, Failure, Tx};
+use consign::{Batch, Consumer, ConsumerOptions, DbError, Emission, EventId, Failure, Timestamp, Tx};
 use contracts::{
-    OrderCancelled, OrderConfirmed, PaymentFailed, PaymentRefunded, PaymentSucceeded, ProductChanged,
-    StockRejected, StockReserved, streams,
+    GatewayUnavailable, OrderCancelled, OrderConfirmed, OrderDeadlineExtended, OrderRefunded, PaymentFailed,
+    PaymentRefundRejected, PaymentRefunded, PaymentSucceeded, ProductChanged, StockRejected, StockReserved,
+    streams,
 };
 use uuid::Uuid;
 
-use crate::deadline::Deadline;
+use crate::deadline::{self, Deadline};
 use crate::domain::{Decision, Input, Order, Status, decide};
+use crate::refunds::{Progress, Refund};
 use crate::store::{self, Entry};
 
 /// What inventory says about orders.
@@ -26,6 +28,8 @@ pub fn payments(options: ConsumerOptions) -> Consumer<()> {
         .on(paid)
         .on(payment_failed)
         .on(refunded)
+        .on(refund_rejected)
+        .on(gateway_unavailable)
 }
 
 /// What inventory says about products.
@@ -59,6 +63,14 @@ pub async fn advance(tx: &mut Tx, steps: &[Step]) -> Result<(Vec<Advanced>, Hash
     let ids: Vec<Uuid> = steps.iter().map(|s| s.order_id).collect();
     let mut orders = store::load(tx, &ids).await?;
     let before: HashMap<Uuid, u64> = orders.values().map(|o| (o.id, o.version)).collect();
+    let refund = |input: Input| match input {
+        Input::RefundDone(id) | Input::RefundRejected(id) => Some(id),
+        _ => None,
+    };
+    let mut refunds: Vec<Uuid> = steps.iter().filter_map(|s| refund(s.input)).collect();
+    refunds.sort_unstable();
+    let mut refunds = store::load_refunds(tx, &refunds).await?;
+    let mut refunds_changed = BTreeSet::new();
     let now = tx.now();
     let mut entries = Vec::new();
     let mut results = Vec::with_capacity(steps.len());
@@ -67,7 +79,12 @@ pub async fn advance(tx: &mut Tx, steps: &[Step]) -> Result<(Vec<Advanced>, Hash
             results.push(Advanced::Unknown);
             continue;
         };
-        let decision = decide(order.status, step.input);
+        // A refund that has ended, or that is not ours, changes nothing.
+        let pending = |id| refunds.get(&id).is_some_and(|r: &Refund| r.progress == Progress::Pending);
+        let decision = match refund(step.input) {
+            Some(id) if !pending(id) => Decision::Ignore,
+            _ => decide(order.status, step.input),
+        };
         results.push(Advanced::Decided(decision));
         if matches!(decision, Decision::Ignore | Decision::TooLate) {
             continue;
@@ -96,9 +113,35 @@ pub async fn advance(tx: &mut Tx, steps: &[Step]) -> Result<(Vec<Advanced>, Hash
                 let detail = Some(reason.as_str().to_owned());
                 announce(tx, order, event, "orders.cancelled", detail, step, &mut entries)?;
             }
+            Decision::Extend(until) => {
+                order.deadline = until;
+                let event = OrderDeadlineExtended { order_id: order.id, deadline: until };
+                let detail = Some(format!("the payment gateway is out of reach; until {until}"));
+                announce(tx, order, event, "orders.deadline_extended", detail, step, &mut entries)?;
+                deadline::schedule(tx, order, step.cause.clone())?;
+            }
+            Decision::FinishRefund(id) | Decision::RejectRefund(id) => {
+                let Some(refund) = refunds.get_mut(&id) else { continue };
+                refunds_changed.insert(id);
+                order.refunding -= refund.amount;
+                if let Decision::RejectRefund(_) = decision {
+                    refund.progress = Progress::Rejected;
+                    refund.rejection.clone_from(&step.detail);
+                    continue;
+                }
+                refund.progress = Progress::Done;
+                order.refunded += refund.amount;
+                let (lines, restock) = (refund.lines.clone(), refund.restock);
+                let detail =
+                    format!("{} {}", refund.amount, if restock { "back in stock" } else { "written off" });
+                let event = OrderRefunded { refund_id: id, order_id: order.id, lines, restock };
+                announce(tx, order, event, "orders.refunded", Some(detail), step, &mut entries)?;
+            }
             Decision::Note | Decision::Ignore | Decision::TooLate => {}
         }
     }
+    let refunds: Vec<&Refund> = refunds_changed.iter().filter_map(|id| refunds.get(id)).collect();
+    store::update_refunds(tx, &refunds).await?;
     let changed: Vec<(u64, &Order)> = orders
         .values()
         .filter_map(|o| before.get(&o.id).filter(|v| **v != o.version).map(|v| (*v, o)))
@@ -132,7 +175,9 @@ fn announce<E: consign::Event>(
         detail,
         event_id: Some(event_id),
     });
-    tx.cancel_task::<Deadline>(order.id.to_string());
+    if order.status.is_final() {
+        tx.cancel_task::<Deadline>(order.id.to_string());
+    }
     Ok(())
 }
 
@@ -194,8 +239,25 @@ async fn payment_failed(Batch(events): Batch<PaymentFailed>, mut tx: Tx) -> Resu
 }
 
 async fn refunded(Batch(events): Batch<PaymentRefunded>, mut tx: Tx) -> Result<(), Failure> {
-    follow(&mut tx, &events, |e| (e.order_id, Input::Refunded, Some(format!("{} {}", e.amount, e.currency))))
+    follow(&mut tx, &events, |e| {
+        let input = e.refund_id.map_or(Input::Refunded, Input::RefundDone);
+        (e.order_id, input, Some(format!("{} {}", e.amount, e.currency)))
+    })
+    .await
+}
+
+async fn refund_rejected(Batch(events): Batch<PaymentRefundRejected>, mut tx: Tx) -> Result<(), Failure> {
+    follow(&mut tx, &events, |e| (e.order_id, Input::RefundRejected(e.refund_id), Some(e.reason.clone())))
         .await
+}
+
+async fn gateway_unavailable(Batch(events): Batch<GatewayUnavailable>, mut tx: Tx) -> Result<(), Failure> {
+    let mut latest: BTreeMap<&str, Timestamp> = BTreeMap::new();
+    for event in &events {
+        let until = latest.entry(&event.gateway).or_insert(event.until);
+        *until = event.until.max(*until);
+    }
+    Ok(store::save_outages(&mut tx, &latest.into_iter().collect::<Vec<_>>()).await?)
 }
 
 async fn product_changed(Batch(events): Batch<ProductChanged>, mut tx: Tx) -> Result<(), Failure> {

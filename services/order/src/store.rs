@@ -7,6 +7,7 @@ use consign::{Db, DbError, EventId, Timestamp, Tx};
 use uuid::Uuid;
 
 use crate::domain::{Order, Price, Status};
+use crate::refunds::{Progress, Refund};
 
 fn order(row: &Row) -> Result<Order, DbError> {
     Ok(Order {
@@ -20,6 +21,9 @@ fn order(row: &Row) -> Result<Order, DbError> {
         total: row.get("total")?,
         items: row.get::<Json<_>>("items")?.0,
         payment_id: row.get("payment_id")?,
+        payment_method: row.get("payment_method")?,
+        refunding: row.get("refunding")?,
+        refunded: row.get("refunded")?,
         correlation_id: row.get("correlation_id")?,
         version: row.get("version")?,
         created_at: row.get("created_at")?,
@@ -43,13 +47,15 @@ pub async fn insert(tx: &mut Tx, orders: &[Order]) -> Result<(), DbError> {
             &*o.correlation_id,
             o.created_at,
             o.deadline,
+            o.payment_method.as_deref(),
         )
     });
     tx.query(
         "INSERT INTO orders (id, customer_id, status, lane, currency, total, items, correlation_id, version, created_at,
-             updated_at, deadline)
-         SELECT id, customer_id, 'pending', lane, currency, total, items, correlation_id, 1, created_at, created_at, deadline
-         FROM {$1: id, customer_id, lane, currency, total, items, correlation_id, created_at, deadline}",
+             updated_at, deadline, payment_method)
+         SELECT id, customer_id, 'pending', lane, currency, total, items, correlation_id, 1, created_at, created_at, deadline,
+             payment_method
+         FROM {$1: id, customer_id, lane, currency, total, items, correlation_id, created_at, deadline, payment_method}",
     )
     .rows(rows)
     .execute()
@@ -72,14 +78,15 @@ pub async fn update(tx: &mut Tx, changed: &[(u64, &Order)]) -> Result<u64, DbErr
     if changed.is_empty() {
         return Ok(0);
     }
-    let rows = changed
-        .iter()
-        .map(|(was, o)| (o.id, *was, o.version, o.status.as_str(), o.reason.as_deref(), o.payment_id));
+    let rows = changed.iter().map(|(was, o)| {
+        let (status, reason) = (o.status.as_str(), o.reason.as_deref());
+        (o.id, *was, o.version, status, reason, o.payment_id, o.refunding, o.refunded, o.deadline)
+    });
     let now = tx.now();
     tx.query(
         "UPDATE orders SET version = r.new_version, status = r.new_status, reason = r.new_reason, payment_id = r.new_payment,
-             updated_at = $1
-         FROM {$2: order_id, was, new_version, new_status, new_reason, new_payment}
+             refunding = r.new_refunding, refunded = r.new_refunded, deadline = r.new_deadline, updated_at = $1
+         FROM {$2: order_id, was, new_version, new_status, new_reason, new_payment, new_refunding, new_refunded, new_deadline}
          WHERE orders.id = r.order_id AND version = r.was",
     )
     .bind(now)
@@ -201,4 +208,102 @@ pub async fn timeline(db: &Db, id: Uuid) -> Result<Vec<StoredEntry>, DbError> {
             })
         })
         .collect()
+}
+
+fn refund(row: &Row) -> Result<Refund, DbError> {
+    Ok(Refund {
+        id: row.get("id")?,
+        order_id: row.get("order_id")?,
+        amount: row.get("amount")?,
+        lines: row.get::<Json<_>>("lines")?.0,
+        restock: row.get("restock")?,
+        reason: row.get("reason")?,
+        progress: Progress::parse(&row.get::<String>("status")?)
+            .ok_or_else(|| sqlx::Error::Decode("an unknown status of a refund".into()))?,
+        rejection: row.get("rejection")?,
+        created_at: row.get("created_at")?,
+        updated_at: row.get("updated_at")?,
+    })
+}
+
+/// Refunds by id. Their orders are to be loaded first: those are what is locked.
+pub async fn load_refunds(tx: &mut Tx, ids: &[Uuid]) -> Result<HashMap<Uuid, Refund>, DbError> {
+    if ids.is_empty() {
+        return Ok(HashMap::new());
+    }
+    let rows = tx
+        .query("SELECT * FROM refunds WHERE id IN (SELECT i FROM {$1: i})")
+        .rows(ids.iter().map(|id| (*id,)))
+        .fetch_all()
+        .await?;
+    rows.iter().map(|r| refund(r).map(|r| (r.id, r))).collect()
+}
+
+/// All refunds of an order that the transaction has locked, the oldest first.
+pub async fn refunds_of(tx: &mut Tx, order: Uuid) -> Result<Vec<Refund>, DbError> {
+    let rows =
+        tx.query("SELECT * FROM refunds WHERE order_id = $1 ORDER BY id").bind(order).fetch_all().await?;
+    rows.iter().map(refund).collect()
+}
+
+/// The refunds of an order, the oldest first.
+pub async fn list_refunds(db: &Db, order: Uuid) -> Result<Vec<Refund>, DbError> {
+    let rows =
+        db.query("SELECT * FROM refunds WHERE order_id = $1 ORDER BY id").bind(order).fetch_all().await?;
+    rows.iter().map(refund).collect()
+}
+
+pub async fn insert_refund(tx: &mut Tx, r: &Refund) -> Result<(), DbError> {
+    tx.query(
+        "INSERT INTO refunds (id, order_id, amount, lines, restock, reason, status, created_at, updated_at)
+         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $8)",
+    )
+    .bind(r.id)
+    .bind(r.order_id)
+    .bind(r.amount)
+    .bind(Json(r.lines.clone()))
+    .bind(r.restock)
+    .bind(r.reason.as_deref())
+    .bind(r.progress.as_str())
+    .bind(r.created_at)
+    .execute()
+    .await?;
+    Ok(())
+}
+
+/// Writes how far refunds have come.
+pub async fn update_refunds(tx: &mut Tx, refunds: &[&Refund]) -> Result<(), DbError> {
+    if refunds.is_empty() {
+        return Ok(());
+    }
+    let now = tx.now();
+    tx.query(
+        "UPDATE refunds SET status = r.new_status, rejection = r.new_rejection, updated_at = $1
+         FROM {$2: refund_id, new_status, new_rejection} WHERE refunds.id = r.refund_id",
+    )
+    .bind(now)
+    .rows(refunds.iter().map(|r| (r.id, r.progress.as_str(), r.rejection.as_deref())))
+    .execute()
+    .await?;
+    Ok(())
+}
+
+/// Takes note of gateways that are out of reach, each once; what holds longer stays.
+pub async fn save_outages(tx: &mut Tx, outages: &[(&str, Timestamp)]) -> Result<(), DbError> {
+    tx.query(
+        "INSERT INTO outages (gateway, until) SELECT gateway, until FROM {$1: gateway, until} WHERE true
+         ON CONFLICT (gateway) DO UPDATE SET until = excluded.until WHERE excluded.until > outages.until",
+    )
+    .rows(outages.iter().copied())
+    .execute()
+    .await?;
+    Ok(())
+}
+
+/// Whether a gateway is out of reach now.
+pub async fn is_outage(tx: &mut Tx) -> Result<bool, DbError> {
+    let now = tx.now();
+    let known: u64 =
+        tx.query("SELECT COUNT(*) AS n FROM outages WHERE until > $1").bind(now).fetch_scalar().await?;
+    Ok(known > 0)
 }

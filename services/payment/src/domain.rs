@@ -5,13 +5,13 @@
 pub enum Status {
     /// Intended; perhaps charged, perhaps not yet.
     Pending,
-    /// Charged.
+    /// Charged; some of it may have been given back.
     Succeeded,
     /// Not charged, and never will be.
     Failed,
     /// Charged, but its order is cancelled: to be given back.
     Refunding,
-    /// Given back.
+    /// Given back because its order was cancelled.
     Refunded,
     /// Its order was cancelled before it was heard of: it must not be charged.
     Forbidden,
@@ -39,86 +39,188 @@ impl Status {
     }
 }
 
-/// What is known of a payment when something happens.
+/// What is known of a payment when something happens. Amounts are in minor units.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct State {
     /// Where it stands.
     pub status: Status,
     /// Its order was cancelled.
     pub cancelled: bool,
+    /// What it is of.
+    pub amount: i64,
+    /// What is being given back.
+    pub refunding: i64,
+    /// What was given back.
+    pub refunded: i64,
+}
+
+impl State {
+    const fn new(status: Status, amount: i64) -> Self {
+        Self { status, cancelled: false, amount, refunding: 0, refunded: 0 }
+    }
+
+    /// What could still be given back.
+    pub const fn refundable(&self) -> i64 {
+        self.amount - self.refunding - self.refunded
+    }
 }
 
 /// What can happen to a payment.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Input {
     /// Stock is reserved: charge the amount.
-    Reserved,
+    Reserved {
+        /// How much.
+        amount: i64,
+    },
     /// The order is cancelled.
     OrderCancelled,
+    /// The order has more time.
+    DeadlineExtended,
+    /// The gateway has a reference for it, and nothing is charged yet.
+    Prepared,
     /// The gateway charged.
     Charged,
-    /// The gateway declined, or the charge was forbidden or came too late.
+    /// The gateway declined, or the charge was forbidden.
     NotCharged,
-    /// The gateway gave the money back.
-    Refunded,
+    /// A refund that was not heard of before is asked for.
+    RefundRequested {
+        /// How much.
+        amount: i64,
+    },
+    /// The gateway made a refund that was under way.
+    RefundDone {
+        /// Of this much.
+        amount: i64,
+    },
 }
 
 /// What becomes of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Decision {
     /// A new payment, to be charged.
-    Intend,
+    Intend {
+        /// How much.
+        amount: i64,
+    },
     /// A tombstone.
     Forbid,
     /// The charge under way must not happen, or must be refunded if it did.
     MarkCancelled,
+    /// It may be charged for longer.
+    Extend,
+    /// On with the charge.
+    Proceed,
     /// `payments.succeeded` follows.
     Succeed,
-    /// `payments.succeeded` follows, and a refund.
+    /// `payments.succeeded` follows, and a refund of everything.
     SucceedAndRefund,
     /// `payments.failed` follows.
     Fail,
+    /// A refund of all that is left follows, for the order is cancelled.
+    RefundRest,
     /// A refund follows.
-    Refund,
+    Refund {
+        /// How much.
+        amount: i64,
+    },
+    /// `payments.refund_rejected` follows, for this reason.
+    RejectRefund(&'static str),
     /// `payments.refunded` follows.
-    FinishRefund,
+    FinishRefund {
+        /// How much.
+        amount: i64,
+    },
+    /// It is too early to tell: what this follows from has not arrived.
+    NotYet,
     /// Nothing: known already.
     Ignore,
 }
 
-/// What a payment makes of an input, in whatever order things arrive.
-pub fn decide(state: Option<State>, input: &Input) -> Decision {
-    let Some(State { status, cancelled }) = state else {
+/// What a payment makes of an input, in whatever order things arrive. That a refund is heard of only once is the caller's promise.
+pub fn decide(state: Option<State>, input: Input) -> Decision {
+    let Some(state) = state else {
         return match input {
-            Input::Reserved => Decision::Intend,
+            Input::Reserved { amount } => Decision::Intend { amount },
             Input::OrderCancelled => Decision::Forbid,
-            Input::Charged | Input::NotCharged | Input::Refunded => Decision::Ignore,
+            Input::RefundRequested { .. } => Decision::NotYet,
+            _ => Decision::Ignore,
         };
     };
-    match (status, input) {
-        (Status::Pending, Input::OrderCancelled) if !cancelled => Decision::MarkCancelled,
-        (Status::Pending, Input::Charged) if cancelled => Decision::SucceedAndRefund,
+    match (state.status, input) {
+        (Status::Pending, Input::OrderCancelled) if !state.cancelled => Decision::MarkCancelled,
+        (Status::Pending, Input::DeadlineExtended) if !state.cancelled => Decision::Extend,
+        (Status::Pending, Input::Prepared) => Decision::Proceed,
+        (Status::Pending, Input::Charged) if state.cancelled => Decision::SucceedAndRefund,
         (Status::Pending, Input::Charged) => Decision::Succeed,
         (Status::Pending, Input::NotCharged) => Decision::Fail,
-        (Status::Succeeded, Input::OrderCancelled) => Decision::Refund,
-        (Status::Refunding, Input::Refunded) => Decision::FinishRefund,
+        (Status::Succeeded, Input::OrderCancelled) => Decision::RefundRest,
+        (Status::Pending, Input::RefundRequested { .. }) => Decision::NotYet,
+        (Status::Succeeded, Input::RefundRequested { amount })
+            if (1..=state.refundable()).contains(&amount) =>
+        {
+            Decision::Refund { amount }
+        }
+        (Status::Succeeded, Input::RefundRequested { .. }) => Decision::RejectRefund("more than was paid"),
+        (Status::Failed | Status::Forbidden, Input::RefundRequested { .. }) => {
+            Decision::RejectRefund("nothing was paid")
+        }
+        (Status::Refunding | Status::Refunded, Input::RefundRequested { .. }) => {
+            Decision::RejectRefund("all of it is given back already")
+        }
+        (Status::Succeeded | Status::Refunding, Input::RefundDone { amount })
+            if amount <= state.refunding =>
+        {
+            Decision::FinishRefund { amount }
+        }
         _ => Decision::Ignore,
     }
 }
 
 /// The state after a decision.
 pub fn apply(state: Option<State>, decision: Decision) -> Option<State> {
-    let to = |status, cancelled| Some(State { status, cancelled });
-    let cancelled = state.is_some_and(|s| s.cancelled);
+    match (state, decision) {
+        (None, Decision::Intend { amount }) => Some(State::new(Status::Pending, amount)),
+        (None, Decision::Forbid) => Some(State { cancelled: true, ..State::new(Status::Forbidden, 0) }),
+        (None, _) => None,
+        (Some(state), decision) => Some(next(state, decision)),
+    }
+}
+
+fn next(state: State, decision: Decision) -> State {
+    let to = |status| State { status, ..state };
     match decision {
-        Decision::Intend => to(Status::Pending, false),
-        Decision::Forbid => to(Status::Forbidden, true),
-        Decision::MarkCancelled => to(Status::Pending, true),
-        Decision::Succeed => to(Status::Succeeded, cancelled),
-        Decision::SucceedAndRefund | Decision::Refund => to(Status::Refunding, true),
-        Decision::Fail => to(Status::Failed, cancelled),
-        Decision::FinishRefund => to(Status::Refunded, true),
-        Decision::Ignore => state,
+        Decision::MarkCancelled => State { cancelled: true, ..state },
+        Decision::Succeed => to(Status::Succeeded),
+        Decision::Fail => to(Status::Failed),
+        Decision::SucceedAndRefund | Decision::RefundRest => State {
+            status: if state.refundable() + state.refunding > 0 {
+                Status::Refunding
+            } else {
+                Status::Refunded
+            },
+            cancelled: true,
+            refunding: state.refunding + state.refundable(),
+            ..state
+        },
+        Decision::Refund { amount } => State { refunding: state.refunding + amount, ..state },
+        Decision::FinishRefund { amount } => {
+            let (refunding, refunded) = (state.refunding - amount, state.refunded + amount);
+            let ended = state.status == Status::Refunding && refunding == 0;
+            State {
+                status: if ended { Status::Refunded } else { state.status },
+                refunding,
+                refunded,
+                ..state
+            }
+        }
+        Decision::Extend
+        | Decision::Proceed
+        | Decision::RejectRefund(_)
+        | Decision::NotYet
+        | Decision::Ignore
+        | Decision::Intend { .. }
+        | Decision::Forbid => state,
     }
 }
 
@@ -129,41 +231,73 @@ mod tests {
 
     fn inputs() -> impl Strategy<Value = Vec<Input>> {
         let input = prop_oneof![
-            Just(Input::Reserved),
+            Just(Input::Reserved { amount: 100 }),
             Just(Input::OrderCancelled),
+            Just(Input::DeadlineExtended),
+            Just(Input::Prepared),
             Just(Input::Charged),
             Just(Input::NotCharged),
-            Just(Input::Refunded),
+            (-5..120i64).prop_map(|amount| Input::RefundRequested { amount }),
+            (1..120i64).prop_map(|amount| Input::RefundDone { amount }),
         ];
-        prop::collection::vec(input, 0..14)
+        prop::collection::vec(input, 0..20)
     }
 
     proptest! {
-        /// However events and outcomes interleave: announced once, refunded at most once and only what was charged, and a cancelled
-        /// order's money does not stay with us.
+        /// However events and outcomes interleave: announced once, never more given back than was paid, only what was charged, and a
+        /// cancelled order's money does not stay with us.
         #[test]
-        fn money_is_never_kept_for_a_cancelled_order(inputs in inputs()) {
+        fn money_is_never_kept_for_a_cancelled_order_nor_given_back_twice(inputs in inputs()) {
             let mut state = None;
-            let (mut announced, mut refunds) = (0, 0);
-            for input in &inputs {
+            let (mut announced, mut charged, mut asked, mut returned) = (0, 0, 0, 0);
+            for input in inputs {
                 let decision = decide(state, input);
-                announced += u32::from(matches!(decision, Decision::Succeed | Decision::SucceedAndRefund | Decision::Fail));
-                refunds += u32::from(matches!(decision, Decision::Refund | Decision::SucceedAndRefund));
+                match decision {
+                    Decision::Succeed | Decision::SucceedAndRefund => { announced += 1; charged = 100 }
+                    Decision::Fail => announced += 1,
+                    Decision::FinishRefund { amount } => returned += amount,
+                    _ => {}
+                }
+                let before = state;
                 state = apply(state, decision);
-                let again = apply(state, decide(state, input));
-                prop_assert!(again == state || matches!(input, Input::Reserved) && state.is_none());
+                asked += state.map_or(0, |s| s.refunding + s.refunded) - before.map_or(0, |s| s.refunding + s.refunded);
+                prop_assert!(returned <= asked && asked <= charged, "{returned} of {asked} of {charged}");
+                let repeats = matches!(input, Input::RefundRequested { .. } | Input::RefundDone { .. });
+                prop_assert!(repeats || apply(state, decide(state, input)) == state || before.is_none());
             }
-            prop_assert!(announced <= 1 && refunds <= 1);
-            if let Some(State { status, cancelled }) = state {
+            prop_assert!(announced <= 1);
+            if let Some(State { status, cancelled, refunding, refunded, .. }) = state {
                 prop_assert!(!(status == Status::Succeeded && cancelled), "kept the money of a cancelled order");
                 prop_assert!(status != Status::Forbidden || announced == 0);
+                prop_assert!(status != Status::Refunded || (refunding, refunded) == (0, 100));
+                prop_assert!(status != Status::Refunding || refunding > 0);
             }
         }
     }
 
     #[test]
     fn a_cancellation_before_the_reservation_forbids_the_charge() {
-        let tombstone = apply(None, decide(None, &Input::OrderCancelled));
-        assert_eq!(decide(tombstone, &Input::Reserved), Decision::Ignore);
+        let tombstone = apply(None, decide(None, Input::OrderCancelled));
+        assert_eq!(decide(tombstone, Input::Reserved { amount: 1 }), Decision::Ignore);
+        assert_eq!(
+            decide(tombstone, Input::RefundRequested { amount: 1 }),
+            Decision::RejectRefund("nothing was paid")
+        );
+    }
+
+    #[test]
+    fn parts_are_given_back_up_to_the_whole() {
+        let mut state = apply(apply(None, Decision::Intend { amount: 100 }), Decision::Succeed);
+        for amount in [60, 40] {
+            let decision = decide(state, Input::RefundRequested { amount });
+            assert_eq!(decision, Decision::Refund { amount });
+            state = apply(state, decision);
+        }
+        assert_eq!(
+            decide(state, Input::RefundRequested { amount: 1 }),
+            Decision::RejectRefund("more than was paid")
+        );
+        state = apply(state, decide(state, Input::RefundDone { amount: 60 }));
+        assert_eq!(state.map(|s| (s.refunding, s.refunded, s.status)), Some((40, 60, Status::Succeeded)));
     }
 }

@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use payment::gateway::SimulatedGateway;
+use payment::Outside;
 
 #[tokio::main]
 async fn main() -> ExitCode {
@@ -12,10 +12,9 @@ async fn main() -> ExitCode {
         payment::Config::check,
         async |config, setup| {
             let db = payment::open(setup.storage(), setup.clock.clone()).await?;
-            // The outside world: it has a ledger of its own.
             let ledger = setup.storage_of("gateway");
-            let gateway = SimulatedGateway::open(ledger, config.gateway, setup.clock).await?;
-            Ok(payment::service(&config, db, setup.broker, gateway).start().await?)
+            let outside = Outside::open(&config.gateway, ledger, setup.clock).await?;
+            Ok(payment::service(&config, db, setup.broker, outside).start().await?)
         },
     )
     .await
