@@ -1,10 +1,12 @@
 //! What the tests of the whole share: the three services on virtual time, and the real program as a process.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "in tests, a panic is how a step fails")]
 
+pub mod chaos;
 pub mod fleet;
 
 use std::path::PathBuf;
 use std::process::Stdio;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use consign::broker::Broker;
@@ -15,6 +17,8 @@ use payment::Outside;
 use payment::gateway::{Knobs, SimulatedGateway};
 use serde_json::{Value, json};
 use tokio::process::{Child, Command};
+
+use crate::chaos::{FaultyBroker, FaultyGateway, Plan};
 
 /// The admin token of systems under test.
 pub const TOKEN: &str = "test-token";
@@ -37,7 +41,19 @@ impl System {
 
     /// The same, with order configured by `configure`.
     pub async fn start_with(configure: impl FnOnce(&mut order::Config)) -> Self {
+        Self::start_on(None, configure).await
+    }
+
+    /// The same, where things go wrong as planned.
+    pub async fn start_faulty(plan: &Plan, configure: impl FnOnce(&mut order::Config)) -> Self {
+        Self::start_on(Some(plan), configure).await
+    }
+
+    async fn start_on(plan: Option<&Plan>, configure: impl FnOnce(&mut order::Config)) -> Self {
         let bench = Bench::start();
+        let faulty = plan.is_some();
+        let plan = plan.cloned().unwrap_or_default();
+        let broker: Arc<dyn Broker> = Arc::new(FaultyBroker::new(Arc::clone(&bench.broker), plan.clone()));
         let clock = bench.time.clock();
         let mut order_config = order::Config::default();
         configure(&mut order_config);
@@ -54,18 +70,17 @@ impl System {
         let inventory_db = inventory::open(&bench.file("inventory.db"), clock.clone()).await.unwrap();
         let payment_db = payment::open(&bench.file("payment.db"), clock.clone()).await.unwrap();
         let order_db = order::open(&bench.file("order.db"), clock).await.unwrap();
-        let order = order::service(&order_config, order_db, bench.broker()).start().await.unwrap();
+        let outside = if faulty {
+            Outside::Real(Arc::new(FaultyGateway { inner: gateway.clone(), plan: plan.clone() }))
+        } else {
+            Outside::Simulated(gateway.clone())
+        };
+        let order = order::service(&order_config, order_db, Arc::clone(&broker)).layer(plan.clone());
         let inventory =
-            inventory::service(&inventory_config, inventory_db, bench.broker()).start().await.unwrap();
-        let payment = payment::service(
-            &payment_config,
-            payment_db,
-            bench.broker(),
-            Outside::Simulated(gateway.clone()),
-        )
-        .start()
-        .await
-        .unwrap();
+            inventory::service(&inventory_config, inventory_db, Arc::clone(&broker)).layer(plan.clone());
+        let payment = payment::service(&payment_config, payment_db, broker, outside).layer(plan);
+        let (order, inventory, payment) =
+            (order.start().await.unwrap(), inventory.start().await.unwrap(), payment.start().await.unwrap());
         let system = Self { bench, gateway, order, inventory, payment, http: reqwest::Client::new() };
         for (id, price, stock) in [("book", 1000, 100), ("lamp", 2500, 5)] {
             system.put(id, price).await;
@@ -139,6 +154,42 @@ impl System {
         let url = format!("http://{}{path}", self.order.address());
         let response = self.http.post(url).bearer_auth(TOKEN).json(body).send().await.unwrap();
         (response.status().as_u16(), response.json().await.unwrap())
+    }
+
+    /// Asks for a refund of an order; the status and the answer.
+    pub async fn refund(&self, id: &str, key: &str, body: &Value) -> (u16, Value) {
+        let url = format!("http://{}/orders/{id}/refund", self.order.address());
+        let request = self.http.post(url).bearer_auth(TOKEN).header("Idempotency-Key", key).json(body);
+        let response = request.send().await.unwrap();
+        (response.status().as_u16(), response.json().await.unwrap())
+    }
+
+    /// An order's refunds.
+    pub async fn refunds(&self, id: &str) -> Vec<Value> {
+        let page = self.get(&self.order, &format!("/orders/{id}/refunds")).await;
+        page["refunds"].as_array().unwrap().clone()
+    }
+
+    /// What the payment service answers.
+    pub async fn payment_get(&self, path: &str) -> Value {
+        self.get(&self.payment, path).await
+    }
+
+    /// Every order, cent and piece is accounted for, by the databases' files. What is open is left out of it: the real clock is far beyond
+    /// every deadline.
+    pub async fn verify(&self) {
+        let dir = self.bench.file("");
+        let (code, out, err) = consign(&[
+            "--data-dir",
+            dir.to_str().unwrap(),
+            "verify",
+            "--settle",
+            "2",
+            "--grace",
+            "1000000000",
+        ])
+        .await;
+        assert_eq!(code, 0, "{out}{err}");
     }
 
     /// An order.

@@ -39,7 +39,8 @@ const EXPRESS_RECENTLY: Duration = Duration::from_secs(2);
 /// By how much they are smaller then.
 const SMALLER: usize = 8;
 
-type HandlerService = BoxCloneSyncService<Call, (), Failure>;
+/// A handler with the layers around it.
+pub(crate) type HandlerService = BoxCloneSyncService<Call, (), Failure>;
 type Decode = fn(Value) -> Result<Arc<dyn Any + Send + Sync>, serde_json::Error>;
 
 /// How a consumer fetches, waits and gives up.
@@ -188,6 +189,12 @@ pub struct ReadyConsumer {
 }
 
 impl ReadyConsumer {
+    pub(crate) fn wrap(&mut self, layer: &dyn Fn(HandlerService) -> HandlerService) {
+        for route in self.routes.values_mut() {
+            route.service = layer(route.service.clone());
+        }
+    }
+
     pub(crate) fn breaker(&self) -> Option<&Breaker> {
         self.breaker.as_ref()
     }

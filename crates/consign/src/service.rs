@@ -19,12 +19,14 @@ use thiserror::Error;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use tower::util::BoxCloneSyncService;
 
 use crate::breaker::{Breaker, State};
 use crate::broker::{Broker, BrokerError, ConsumerConfig, StreamConfig};
 use crate::config::ServiceConfig;
-use crate::consumer::ReadyConsumer;
+use crate::consumer::{HandlerService, ReadyConsumer};
 use crate::db::{Db, DbError};
+use crate::handler::{Call, Failure};
 use crate::http::{Edge, guard, method_not_allowed, not_found, ops_router};
 use crate::reconcile::{self, Scope};
 use crate::retry::Backoff;
@@ -213,6 +215,20 @@ impl Service {
     #[must_use]
     pub fn consumer(self, consumer: ReadyConsumer) -> Self {
         Self { topology: self.topology.consumer(consumer), ..self }
+    }
+
+    /// Wraps the handlers of all consumers so far in a tower layer, outside of their own.
+    #[must_use]
+    pub fn layer<L>(mut self, layer: L) -> Self
+    where
+        L: tower::Layer<HandlerService>,
+        L::Service: tower::Service<Call, Response = (), Error = Failure> + Clone + Send + Sync + 'static,
+        <L::Service as tower::Service<Call>>::Future: Send + 'static,
+    {
+        for consumer in &mut self.topology.consumers {
+            consumer.wrap(&|inner| BoxCloneSyncService::new(layer.layer(inner)));
+        }
+        self
     }
 
     /// Owns streams and runs consumers that were put together elsewhere.

@@ -201,7 +201,8 @@ pub fn service(config: &Config, db: Db, broker: Arc<dyn Broker>, outside: Outsid
             ))
             .http(move || http::router(state));
     if let Some(simulated) = simulated {
-        service = service.worker(move |db| callbacks::listen(db, simulated.callbacks()));
+        let callbacks = simulated.callbacks();
+        service = service.worker(move |db| callbacks::listen(db, callbacks));
     }
     service
 }
