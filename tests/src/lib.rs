@@ -3,6 +3,7 @@
 
 pub mod chaos;
 pub mod fleet;
+pub mod stripe;
 
 use std::path::PathBuf;
 use std::process::Stdio;
@@ -41,15 +42,24 @@ impl System {
 
     /// The same, with order configured by `configure`.
     pub async fn start_with(configure: impl FnOnce(&mut order::Config)) -> Self {
-        Self::start_on(None, configure).await
+        Self::start_on(None, configure, |_| {}).await
+    }
+
+    /// The same, with payment configured by `configure`.
+    pub async fn start_paying(configure: impl FnOnce(&mut payment::Config)) -> Self {
+        Self::start_on(None, |_| {}, configure).await
     }
 
     /// The same, where things go wrong as planned.
     pub async fn start_faulty(plan: &Plan, configure: impl FnOnce(&mut order::Config)) -> Self {
-        Self::start_on(Some(plan), configure).await
+        Self::start_on(Some(plan), configure, |_| {}).await
     }
 
-    async fn start_on(plan: Option<&Plan>, configure: impl FnOnce(&mut order::Config)) -> Self {
+    async fn start_on(
+        plan: Option<&Plan>,
+        configure: impl FnOnce(&mut order::Config),
+        configure_payment: impl FnOnce(&mut payment::Config),
+    ) -> Self {
         let bench = Bench::start();
         let faulty = plan.is_some();
         let plan = plan.cloned().unwrap_or_default();
@@ -59,6 +69,7 @@ impl System {
         configure(&mut order_config);
         let mut inventory_config = inventory::Config::default();
         let mut payment_config = payment::Config::default();
+        configure_payment(&mut payment_config);
         for http in [&mut order_config.http, &mut inventory_config.0.http, &mut payment_config.http] {
             http.listen.set_port(0);
             http.admin_token = Some(TOKEN.to_owned().into());
@@ -72,8 +83,12 @@ impl System {
         let order_db = order::open(&bench.file("order.db"), clock).await.unwrap();
         let outside = if faulty {
             Outside::Real(Arc::new(FaultyGateway { inner: gateway.clone(), plan: plan.clone() }))
-        } else {
+        } else if payment_config.gateway.kind == payment::gateway::Kind::Simulated {
             Outside::Simulated(gateway.clone())
+        } else {
+            Outside::open(&payment_config.gateway, &bench.file("gateway.db"), bench.time.clock())
+                .await
+                .unwrap()
         };
         let order = order::service(&order_config, order_db, Arc::clone(&broker)).layer(plan.clone());
         let inventory =
@@ -110,8 +125,17 @@ impl System {
 
     /// Places an order of one line; its id.
     pub async fn place(&self, product: &str, quantity: u32) -> String {
+        self.place_paid_with(product, quantity, None).await
+    }
+
+    /// The same, to be paid with this token.
+    pub async fn place_paid_with(&self, product: &str, quantity: u32, method: Option<&str>) -> String {
         let url = format!("http://{}/orders", self.order.address());
-        let body = json!({"customer_id": "ada", "items": [{"product_id": product, "quantity": quantity}]});
+        let mut body =
+            json!({"customer_id": "ada", "items": [{"product_id": product, "quantity": quantity}]});
+        if let Some(method) = method {
+            body["payment_method"] = method.into();
+        }
         let response = self.http.post(url).json(&body).send().await.unwrap();
         assert_eq!(response.status(), 202);
         let order: Value = response.json().await.unwrap();

