@@ -13,9 +13,11 @@
 )]
 
 mod backlog;
+mod breaker;
 mod cpu;
 mod floor;
 mod library;
+mod outage;
 mod saga;
 mod statements;
 
@@ -82,6 +84,13 @@ async fn main() {
     if wanted("saga") {
         let (nats, postgres) = servers();
         figures.extend(saga::run(&nats, &postgres).await);
+    }
+    if wanted("breaker") {
+        figures.extend(breaker::run().await);
+    }
+    if wanted("outage") {
+        let (nats, postgres) = servers();
+        figures.extend(outage::run(&nats, &postgres).await);
     }
     let mut table = Table::new();
     table.set_header(["figure", "reached", "floor", "ratio", "goal", "met"]);

@@ -18,11 +18,11 @@ use crate::{Figure, cpu, floor, statements};
 const ORDERS: usize = 20_000;
 /// Requests under way at a time.
 const CONCURRENCY: usize = 512;
-const TOKEN: &str = "bench-token";
+pub const TOKEN: &str = "bench-token";
 
-struct Process {
+pub struct Process {
     child: Child,
-    url: String,
+    pub url: String,
     ready_after: Duration,
 }
 
@@ -32,7 +32,7 @@ fn program(name: &str) -> PathBuf {
     path
 }
 
-async fn spawn(name: &'static str, nats: &NatsServer, database: &str) -> Process {
+pub async fn spawn(name: &'static str, nats: &NatsServer, database: &str) -> Process {
     let started = Instant::now();
     let mut child = Command::new(program(name))
         .env("CONSIGN_BROKER", "nats")
@@ -129,7 +129,7 @@ pub async fn run(nats: &NatsServer, postgres: &PostgresServer) -> Vec<Figure> {
     ]
 }
 
-async fn seed(http: &reqwest::Client, inventory: &str) {
+pub async fn seed(http: &reqwest::Client, inventory: &str) {
     for n in 0..10 {
         let body = json!({"name": format!("product {n}"), "price": 100, "currency": "EUR"});
         let put = http

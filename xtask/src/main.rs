@@ -54,6 +54,10 @@ enum Bench {
     Saga,
     /// The relay with ten million rows pending.
     Backlog,
+    /// What a circuit breaker costs a call.
+    Breaker,
+    /// The services while the payment gateway fails every call for a minute.
+    Outage,
     /// `consign up`: everything in one process.
     Embedded,
 }
@@ -73,6 +77,8 @@ fn main() -> ExitCode {
                 Some(Bench::Library) => bench(&root, &["library"]),
                 Some(Bench::Saga) => bench(&root, &["saga"]),
                 Some(Bench::Backlog) => bench(&root, &["backlog"]),
+                Some(Bench::Breaker) => bench(&root, &["breaker"]),
+                Some(Bench::Outage) => bench(&root, &["outage"]),
                 None => bench(&root, &[]),
             };
             let embedded = matches!(what, None | Some(Bench::Embedded));

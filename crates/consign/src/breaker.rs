@@ -81,7 +81,7 @@ impl Default for BreakerOptions {
             slow_call: Duration::from_secs(3),
             slow_rate: 0.8,
             open_for: Duration::from_secs(5),
-            open_cap: Duration::from_secs(15),
+            open_cap: Duration::from_secs(10),
             probes: 3,
         }
     }
@@ -641,7 +641,7 @@ mod tests {
             waits.push(since.elapsed().as_secs_f64());
             breaker.acquire().unwrap().failed();
         }
-        for (waited, about) in waits.iter().zip([5.0, 10.0, 15.0, 15.0]) {
+        for (waited, about) in waits.iter().zip([5.0, 10.0, 10.0, 10.0]) {
             assert!((about * 0.79..about * 1.21).contains(waited), "{waits:?}");
         }
     }
