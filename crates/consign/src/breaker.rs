@@ -322,14 +322,12 @@ impl Breaker {
         }
         match changed {
             Some((before, state)) if before != state => {
-                self.announce(
-                    state,
-                    if state == State::Closed {
-                        "the probes succeeded"
-                    } else {
-                        "too many calls failed or were slow"
-                    },
-                );
+                let why = match before {
+                    State::Closed => "too many calls failed or were slow",
+                    _ if state == State::Closed => "the probes succeeded",
+                    _ => "a probe failed or was slow",
+                };
+                self.announce(state, why);
             }
             Some(_) => self.0.changed.send_modify(|n| *n += 1),
             None => {}

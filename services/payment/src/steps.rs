@@ -215,8 +215,13 @@ fn follow_up(
         Decision::Intend { .. } => charge(tx, p, now, false, step.cause.clone())?,
         // On to the next step of the call: a task of its own, so that the reference is kept.
         Decision::Proceed => charge(tx, p, now, true, step.cause.clone())?,
-        // It waits for its retry, or for more time; either may be over now.
-        Decision::MarkCancelled | Decision::Extend => tx.expedite_task::<ChargeTask>(order_id.to_string()),
+        Decision::MarkCancelled => {
+            // What was charged in secret must be found out, even if the call has become a dead letter. If it waits, the wait is over.
+            charge(tx, p, now, true, step.cause.clone())?;
+            tx.expedite_task::<ChargeTask>(order_id.to_string());
+        }
+        // It waits for the order service's word, perhaps.
+        Decision::Extend => tx.expedite_task::<ChargeTask>(order_id.to_string()),
         Decision::Succeed | Decision::SucceedAndRefund => {
             emit(tx, p, step, PaymentSucceeded { payment_id, order_id, amount: p.state.amount, currency })?;
         }

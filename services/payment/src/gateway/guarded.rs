@@ -1,19 +1,22 @@
 //! Calls to a gateway, guarded: bounded in number, retried within a budget, stopped by a circuit breaker, limited in time.
 
+use std::future::{Ready, ready};
 use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use consign::Clock;
 use consign::breaker::{Breaker, BreakerOptions};
 use consign::layer::CircuitBreaker;
 use consign::retry::RetryPolicy;
+use futures_util::future::Either;
 use serde::{Deserialize, Serialize};
 use tokio::time::Sleep;
 use tower::retry::budget::{Budget, TpsBudget};
 use tower::retry::{Policy, RetryLayer};
 use tower::util::BoxCloneSyncService;
-use tower::{ServiceBuilder, ServiceExt, service_fn};
+use tower::{Service, ServiceBuilder, ServiceExt, layer::layer_fn, service_fn};
 
 use super::stripe::StripeConfig;
 use super::{Answer, Charge, GatewayError, Kind, Knobs, PaymentGateway, Refund, Refunded};
@@ -118,8 +121,8 @@ impl Gateway {
         let breaker = Breaker::new(name, config.breaker);
         let timeout = config.timeout;
         let attempt = service_fn(move |call: Call| {
-            let (gateway, clock) = (Arc::clone(&gateway), clock.clone());
-            async move { attempt(gateway.as_ref(), call, timeout, &clock).await }
+            let gateway = Arc::clone(&gateway);
+            async move { attempt(gateway.as_ref(), call, timeout).await }
         });
         // From the outside in. The order matters:
         let calls = ServiceBuilder::new()
@@ -127,6 +130,8 @@ impl Gateway {
             .concurrency_limit(config.concurrency)
             // Retries around the breaker: each attempt is judged by it, and one that it refuses is not retried.
             .layer(RetryLayer::new(Again::new(config)))
+            // What is too late is not called, which says nothing about the gateway: so outside of the breaker, and for each attempt anew.
+            .layer(layer_fn(move |inner| InTime { inner, clock: clock.clone() }))
             // The breaker around the timeout: what hangs counts as failed.
             .layer(CircuitBreaker::new(breaker.clone()).when(GatewayError::is_outage))
             // The timeout innermost, in `attempt`: per attempt, not per call.
@@ -181,16 +186,9 @@ fn mixed_up(reply: &Reply) -> GatewayError {
 }
 
 /// One attempt.
-async fn attempt(
-    gateway: &dyn PaymentGateway,
-    call: Call,
-    timeout: Duration,
-    clock: &Clock,
-) -> Result<Reply, GatewayError> {
+async fn attempt(gateway: &dyn PaymentGateway, call: Call, timeout: Duration) -> Result<Reply, GatewayError> {
     let made = async {
         match &call {
-            // Before each attempt, for what was in time may be late by the next.
-            Call::Charge(charge) if clock.now() >= charge.not_after => Err(GatewayError::TooLate),
             Call::Charge(charge) => gateway.charge(charge).await.map(Reply::Charge),
             Call::Lookup(charge) => gateway.lookup(charge).await.map(Reply::Known),
             Call::Cancel(charge) => gateway.cancel(charge).await.map(Reply::Charge),
@@ -200,6 +198,35 @@ async fn attempt(
     tokio::time::timeout(timeout, made)
         .await
         .unwrap_or_else(|_| Err(GatewayError::unavailable(format!("none within {timeout:?}"))))
+}
+
+/// Lets no charge begin after its time.
+#[derive(Clone)]
+struct InTime<S> {
+    inner: S,
+    clock: Clock,
+}
+
+impl<S> Service<Call> for InTime<S>
+where
+    S: Service<Call, Response = Reply, Error = GatewayError>,
+{
+    type Response = Reply;
+    type Error = GatewayError;
+    type Future = Either<Ready<Result<Reply, GatewayError>>, S::Future>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), GatewayError>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, call: Call) -> Self::Future {
+        match &call {
+            Call::Charge(charge) if self.clock.now() >= charge.not_after => {
+                Either::Left(ready(Err(GatewayError::TooLate)))
+            }
+            _ => Either::Right(self.inner.call(call)),
+        }
+    }
 }
 
 /// Whether and when a call is attempted again.
@@ -367,5 +394,20 @@ mod tests {
         let late = Charge { not_after: clock.now(), ..charge(&clock) };
         assert!(matches!(gateway.charge(late).await, Err(GatewayError::TooLate)));
         assert_eq!(scripted.calls.load(Ordering::SeqCst), 10);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_was_not_called_closes_no_breaker() {
+        let (_, gateway, clock) =
+            gateway(Scripted { fails: u32::MAX.into(), ..Scripted::default() }, &GatewayConfig::default());
+        while gateway.breaker().state() == State::Closed {
+            gateway.charge(charge(&clock)).await.unwrap_err();
+        }
+        gateway.breaker().ready().await;
+        for _ in 0..10 {
+            let late = Charge { not_after: clock.now(), ..charge(&clock) };
+            assert!(matches!(gateway.charge(late).await, Err(GatewayError::TooLate)));
+        }
+        assert_ne!(gateway.breaker().state(), State::Closed);
     }
 }
