@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use consign::testing::servers::{NatsServer, PostgresServer};
 use serde_json::{Value, json};
+use sqlx::{Connection, PgConnection};
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::{Child, Command};
 use tokio::task::JoinSet;
@@ -36,7 +37,8 @@ pub struct Fleet {
 }
 
 impl Fleet {
-    /// `replicas` of each, on these NATS servers; with 1000 of each of ten products in stock. In settings, `{service}` is its name.
+    /// `replicas` of each, on these NATS servers; with 1000 of each of ten products in stock. In settings, `{service}` is its name; one called
+    /// `order:NAME` is for that service alone.
     pub async fn start(nats: Vec<NatsServer>, replicas: usize, settings: &[(&str, &str)]) -> Self {
         let postgres = tokio::task::block_in_place(PostgresServer::start);
         Self::start_on(nats, postgres, replicas, settings).await
@@ -81,8 +83,13 @@ impl Fleet {
             .env("CONSIGN_POSTGRES__URL", &self.databases[service])
             .env("CONSIGN_SERVICE__HTTP__LISTEN", "127.0.0.1:0")
             .env("CONSIGN_SERVICE__HTTP__ADMIN_TOKEN", TOKEN)
-            .envs(self.settings.iter().map(|(k, v)| {
-                (k, v.replace("{service}", service).replace("{SERVICE}", &service.to_uppercase()))
+            .envs(self.settings.iter().filter_map(|(k, v)| {
+                let name = match k.split_once(':') {
+                    Some((only, name)) if only == service => name,
+                    Some(_) => return None,
+                    None => k,
+                };
+                Some((name, v.replace("{service}", service).replace("{SERVICE}", &service.to_uppercase())))
             }))
             .kill_on_drop(true)
             .stdout(Stdio::piped())
@@ -206,6 +213,27 @@ impl Fleet {
         ids
     }
 
+    /// Places an order of so many pieces of a product with one replica of order, and waits until it is confirmed. Its id.
+    pub async fn buy(&self, product: &str, quantity: u32) -> String {
+        let url = format!("{}/orders", self.urls("order")[0]);
+        let body = json!({"customer_id": "ada", "items": [{"product_id": product, "quantity": quantity}]});
+        let answer = self.http.post(&url).json(&body).send().await.unwrap();
+        assert_eq!(answer.status(), 202);
+        let id = answer.json::<Value>().await.unwrap()["id"].as_str().unwrap().to_owned();
+        let confirmed: Value =
+            self.http.get(format!("{url}/{id}?wait=5")).send().await.unwrap().json().await.unwrap();
+        assert_eq!(confirmed["status"], "confirmed", "{confirmed}");
+        id
+    }
+
+    /// Asks a replica of order for a refund of one piece; the status of the answer.
+    pub async fn refund_one(&self, order: &str, id: &str, product: &str, key: &str) -> u16 {
+        let body = json!({"lines": [{"product_id": product, "quantity": 1}]});
+        let request = self.http.post(format!("{order}/orders/{id}/refund")).bearer_auth(TOKEN);
+        let answer = request.header("Idempotency-Key", key).json(&body).send().await.unwrap();
+        answer.status().as_u16()
+    }
+
     /// What the order service tells of an order.
     pub async fn order(&self, id: &str) -> Value {
         let url = format!("{}/orders/{id}", self.urls("order")[0]);
@@ -279,6 +307,31 @@ impl Fleet {
                 self.http.put(format!("{url}/gateway")).bearer_auth(TOKEN).json(knobs).send().await.unwrap();
             assert!(put.status().is_success(), "{}", put.text().await.unwrap());
         }
+    }
+
+    /// Waits until no charge and no refund is under way.
+    ///
+    /// # Panics
+    /// After `limit`.
+    pub async fn until_nothing_is_stuck(&self, limit: Duration) {
+        let (started, url) =
+            (Instant::now(), format!("{}/payments/stuck?after_seconds=0", self.urls("payment")[0]));
+        loop {
+            let page: Value = self.http.get(&url).send().await.unwrap().json().await.unwrap();
+            if page["stuck"].as_array().unwrap().is_empty() {
+                return;
+            }
+            assert!(started.elapsed() < limit, "not within {limit:?}: {page}");
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+    }
+
+    /// What a count in a service's database comes to.
+    pub async fn count(&self, service: &str, sql: &'static str) -> i64 {
+        let mut conn = PgConnection::connect(&self.databases[service]).await.unwrap();
+        let count = sqlx::query_scalar(sql).fetch_one(&mut conn).await.unwrap();
+        conn.close().await.unwrap();
+        count
     }
 
     /// Has each service compare its outbox with the streams; their reports.
