@@ -96,6 +96,56 @@ async fn killed_at_random_moments_nothing_is_lost_or_done_twice() {
     assert_eq!(code, 0, "stopped as well: {report}");
 }
 
+/// The command on a data directory: exit code, standard output, standard error.
+async fn operate(dir: &std::path::Path, args: &[&str]) -> (i32, String, String) {
+    consign(&[&["--data-dir", dir.to_str().unwrap()], args].concat()).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_operator_holds_the_breaker_open_looks_at_what_is_stuck_and_gives_money_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path().join("data");
+    std::fs::create_dir(&dir).unwrap();
+    let process = Process::start(&dir, &[]).await;
+    let run = async |args: &[&str]| operate(&dir, args).await;
+    let json = async |args: &[&str]| -> Value {
+        let (code, out, err) = run(&[args, &["--format", "json"]].concat()).await;
+        assert_eq!(code, 0, "{args:?}: {err}");
+        serde_json::from_str(&out).unwrap()
+    };
+    assert_eq!(json(&["breaker", "status"]).await[0]["state"], "closed");
+    assert_eq!(json(&["breaker", "open", "gateway"]).await[0]["held_open"], true);
+    let (code, _, err) = run(&["breaker", "open", "nothing"]).await;
+    assert!(code == 1 && err.contains("breaker status"), "{code} {err}");
+    let order = json(&["orders", "place", "coffee:3"]).await;
+    let id = order["id"].as_str().unwrap();
+    let reserved = async || {
+        let (code, out, _) = run(&["payments", "stuck", "--after", "0"]).await;
+        code == 1 && out.contains(id)
+    };
+    let started = std::time::Instant::now();
+    while !reserved().await {
+        assert!(started.elapsed() < Duration::from_secs(10), "the payment waits and is listed");
+    }
+    assert_eq!(run(&["payments", "stuck"]).await.0, 0, "not for long enough");
+    assert_eq!(json(&["breaker", "close", "gateway"]).await[0]["state"], "closed");
+    assert_eq!(run(&["orders", "watch", id, "--timeout", "20"]).await.0, 0);
+    assert_eq!(json(&["gateway", "set", "--error-rate", "0.25"]).await[0]["error_rate"], 0.25);
+    let (code, _, err) = run(&["gateway", "set", "--error-rate", "2"]).await;
+    assert!(code == 1 && err.contains("error_rate"), "{code} {err}");
+    assert_eq!(json(&["gateway", "set", "--reset"]).await[0]["error_rate"], 0.0);
+    let (code, _, err) = run(&["orders", "refund", id, "coffee:4"]).await;
+    assert!(code == 1 && err.contains("/lines/0"), "{code} {err}");
+    let part = json(&["orders", "refund", id, "coffee:1", "--write-off", "--reason", "stale"]).await;
+    assert_eq!((&part["status"], &part["restock"]), (&Value::from("done"), &Value::from(false)), "{part}");
+    assert_eq!(json(&["orders", "refund", id]).await["status"], "done");
+    assert_eq!(run(&["orders", "refund", id]).await.0, 1, "nothing is left");
+    assert_eq!(json(&["payments", "show", id]).await["refunds"].as_array().unwrap().len(), 2);
+    assert_eq!(run(&["--admin-token", "wrong", "breaker", "status"]).await.0, 1);
+    assert_eq!(verify(&dir, "5").await.0, 0);
+    process.terminate().await;
+}
+
 async fn execute(file: &std::path::Path, sql: &'static str) {
     let options = sqlx::sqlite::SqliteConnectOptions::new().filename(file);
     let mut conn = options.connect().await.unwrap();
@@ -112,9 +162,21 @@ async fn verify_sees_what_was_corrupted() {
     let (code, _, err) =
         consign(&["load", "--orders", "50", "--concurrency", "8", "--data-dir", dir.to_str().unwrap()]).await;
     assert_eq!(code, 0, "{err}");
+    let args = ["orders", "list", "--status", "confirmed", "--limit", "1", "--format", "json"];
+    let page: Value = serde_json::from_str(&operate(&dir, &args).await.1).unwrap();
+    let bought = page["orders"][0]["id"].as_str().unwrap();
+    assert_eq!(operate(&dir, &["orders", "refund", bought]).await.0, 0);
+    // Stopped in order, what the refund leaves for inventory is done too.
     process.terminate().await;
     assert_eq!(verify(&dir, "1").await.0, 0);
     let copies = [
+        ("gateway.db", "UPDATE refunds SET amount = amount - 1", "refunds"),
+        ("gateway.db", "INSERT INTO refunds VALUES ('refund-x', 'x', 5, 0)", "refunds"),
+        ("payment.db", "UPDATE payments SET refunded = 0 WHERE refunded > 0", "refunds end"),
+        ("payment.db", "UPDATE refunds SET status = 'pending'", "refunds end"),
+        ("order.db", "UPDATE refunds SET status = 'rejected'", "refunds end"),
+        ("inventory.db", "DELETE FROM returns", "returns"),
+        ("inventory.db", "UPDATE returns SET restocked = 0", "returns"),
         ("order.db", "UPDATE orders SET total = total + 1 WHERE id = (SELECT MIN(id) FROM orders)", "totals"),
         (
             "order.db",
