@@ -11,12 +11,14 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use futures_util::FutureExt;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::Value;
+use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
@@ -221,33 +223,70 @@ fn by_kind<'a>(keys: &'a [(&'static str, String)]) -> BTreeMap<&'static str, Vec
     by_kind
 }
 
-/// Works off one kind of task until told to stop, then finishes what is under way.
+/// Works off one kind of task until told to stop, then finishes what is under way. Each lane by itself, so that express tasks do not wait for
+/// commits of the others.
 pub(crate) async fn work<H: TaskHandler>(
     db: Db,
     handler: Arc<H>,
     options: TaskOptions,
     stop: CancellationToken,
 ) {
-    Worker { db, handler, options, running: JoinSet::new(), at_work: [0; 2], next_due: [None; 2] }
-        .run(stop)
-        .await;
+    if !released(&db, H::Task::KIND, &stop).await {
+        return;
+    }
+    let at_work = Arc::new(AtWork::default());
+    let lane = |lane| {
+        let (db, handler, stop) = (db.clone(), Arc::clone(&handler), stop.clone());
+        let next_due = Some(db.clock().now());
+        let running = JoinSet::new();
+        Worker { db, handler, options, lane, running, at_work: Arc::clone(&at_work), next_due }.run(stop)
+    };
+    tokio::join!(lane(Lane::Express), lane(Lane::Standard));
 }
 
 /// Looks at the table after this long even if nothing was announced.
 const LOOK: Duration = Duration::from_secs(10);
 
+/// How many tasks of a kind are leased or about to be, by lane.
+#[derive(Debug, Default)]
+struct AtWork {
+    lanes: [AtomicUsize; 2],
+    /// There is room again.
+    freed: Notify,
+}
+
+impl AtWork {
+    fn of(&self, lane: Lane) -> usize {
+        self.lanes[index(lane)].load(Ordering::Relaxed)
+    }
+
+    fn all(&self) -> usize {
+        Lane::ALL.into_iter().map(|lane| self.of(lane)).sum()
+    }
+
+    fn begin(&self, lane: Lane, n: usize) {
+        self.lanes[index(lane)].fetch_add(n, Ordering::Relaxed);
+    }
+
+    fn end(&self, lane: Lane, n: usize) {
+        self.lanes[index(lane)].fetch_sub(n, Ordering::Relaxed);
+        self.freed.notify_waiters();
+    }
+}
+
 /// A task that was run, and what came of it.
 type Ran<H> = (Leased<<H as TaskHandler>::Task>, Result<<H as TaskHandler>::Output, Failure>);
 
+/// Works off one lane of one kind.
 struct Worker<H: TaskHandler> {
     db: Db,
     handler: Arc<H>,
     options: TaskOptions,
+    lane: Lane,
     running: JoinSet<Ran<H>>,
-    /// How many run, by lane.
-    at_work: [usize; 2],
-    /// When the next task falls due, as far as is known, by lane.
-    next_due: [Option<Timestamp>; 2],
+    at_work: Arc<AtWork>,
+    /// When the next task falls due, as far as is known.
+    next_due: Option<Timestamp>,
 }
 
 impl<H: TaskHandler> Worker<H> {
@@ -257,30 +296,22 @@ impl<H: TaskHandler> Worker<H> {
         let mut redrive = self.db.redrive_wake().subscribe();
         redrive.mark_changed();
         let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(10));
-        let mut released = false;
-        self.next_due = [Some(self.db.clock().now()); 2];
+        let at_work = Arc::clone(&self.at_work);
         loop {
             wake.mark_unchanged();
-            for lane in Lane::ALL {
-                if let Some(announced) = self.db.take_announced(kind, lane) {
-                    self.expect_at(lane, announced);
-                }
+            // Made before room is looked for, so that what is freed in between is not missed.
+            let freed = at_work.freed.notified();
+            if let Some(announced) = self.db.take_announced(kind, self.lane) {
+                self.expect_at(announced);
             }
-            if !stop.is_cancelled() {
-                let step = async {
-                    if !released {
-                        release_leases(&self.db, kind).await?;
-                        released = true;
-                    }
-                    for lane in Lane::ALL {
-                        let due = self.next_due[index(lane)].is_some_and(|t| t <= self.db.clock().now());
-                        if due && self.room(lane) > 0 {
-                            self.claim(lane, self.room(lane)).await?;
-                        }
-                    }
-                    Ok::<_, DbError>(())
-                };
-                if let Err(error) = step.await {
+            let room = self.room();
+            let due = self.next_due.is_some_and(|t| t <= self.db.clock().now());
+            if due && room > 0 && !stop.is_cancelled() {
+                // Taken first, so that the other lane does not take the same room.
+                self.at_work.begin(self.lane, room);
+                let claimed = self.claim(room).await;
+                self.at_work.end(self.lane, room - claimed.as_ref().copied().unwrap_or(0));
+                if let Err(error) = claimed {
                     let delay = backoff.next();
                     tracing::warn!(kind, error = telemetry::chain(&error), retry_in = ?delay, "tasks cannot be claimed");
                     tokio::select! {
@@ -294,41 +325,32 @@ impl<H: TaskHandler> Worker<H> {
             if stop.is_cancelled() && self.running.is_empty() {
                 return;
             }
-            let full = self.running.len() >= self.options.concurrency;
-            // Open, or half-open with all probes out: nothing can be begun before that changes.
-            let paused = !full && self.allowed() == 0;
+            let room = self.room();
+            // Open: nothing can be begun before that changes. Half-open with all probes out: what changes is that they end.
             let breaker = self.handler.breaker().filter(|b| b.permits() == 0).cloned();
             let resumes = async {
                 match breaker {
                     Some(breaker) => breaker.ready().await,
-                    // The probes are under way; what changes is that they end.
                     None => std::future::pending().await,
                 }
             };
-            let now = self.db.clock().now();
-            // A lane without room waits for one of its tasks to end.
-            let next_due =
-                Lane::ALL.into_iter().filter(|l| self.room(*l) > 0).filter_map(|l| self.next_due[index(l)]);
-            let idle = next_due.min().map_or(LOOK, |t| t.since(now).min(LOOK));
+            let idle = self.next_due.map_or(LOOK, |t| t.since(self.db.clock().now()).min(LOOK));
             tokio::select! {
                 Some(first) = self.running.join_next(), if !self.running.is_empty() => self.collect(first).await,
-                () = resumes, if paused && !stop.is_cancelled() => {}
-                _ = redrive.changed(), if !stop.is_cancelled() => self.redrive_queued().await,
-                _ = wake.changed(), if !full && !stop.is_cancelled() => {}
-                () = tokio::time::sleep(idle), if !full && !stop.is_cancelled() => {
-                    let now = self.db.clock().now();
-                    for lane in Lane::ALL {
-                        self.expect_at(lane, now);
-                    }
+                () = resumes, if !stop.is_cancelled() => {}
+                _ = redrive.changed(), if self.lane == Lane::Standard && !stop.is_cancelled() => {
+                    self.redrive_queued().await;
                 }
+                _ = wake.changed(), if room > 0 && !stop.is_cancelled() => {}
+                () = freed, if room == 0 && !stop.is_cancelled() => {}
+                () = tokio::time::sleep(idle), if room > 0 && !stop.is_cancelled() => self.expect_at(self.db.clock().now()),
                 () = stop.cancelled(), if !stop.is_cancelled() => {}
             }
         }
     }
 
-    fn expect_at(&mut self, lane: Lane, due: Timestamp) {
-        let next = &mut self.next_due[index(lane)];
-        *next = Some(next.map_or(due, |t| t.min(due)));
+    fn expect_at(&mut self, due: Timestamp) {
+        self.next_due = Some(self.next_due.map_or(due, |t| t.min(due)));
     }
 
     /// How many more the circuit breaker lets begin, if there is one.
@@ -337,22 +359,22 @@ impl<H: TaskHandler> Worker<H> {
             None | Some(usize::MAX) => usize::MAX,
             Some(0) => 0,
             // Those under way are, or will be, among the probes.
-            Some(probes) => probes.saturating_sub(self.running.len()),
+            Some(probes) => probes.saturating_sub(self.at_work.all()),
         }
     }
 
-    /// How many more of a lane may run: standard ones leave room for express ones to come.
-    fn room(&self, lane: Lane) -> usize {
+    /// How many more may be taken up now: standard ones leave room for express ones to come, and these do not take all at once.
+    fn room(&self) -> usize {
         let all = self.options.concurrency;
-        let free = all.saturating_sub(self.running.len()).min(self.allowed());
-        match lane {
-            Lane::Express => free,
-            Lane::Standard => free.min((all - all / 4).saturating_sub(self.at_work[index(lane)])),
+        let free = all.saturating_sub(self.at_work.all()).min(self.allowed());
+        match self.lane {
+            Lane::Express => free.min((all / 4).max(1)),
+            Lane::Standard => free.min((all - all / 4).saturating_sub(self.at_work.of(self.lane))),
         }
     }
 
-    /// Leases what is due of a lane, up to `limit`, reads what the runs need, and starts them.
-    async fn claim(&mut self, lane: Lane, limit: usize) -> Result<(), DbError> {
+    /// Leases what is due, up to `limit`, reads what the runs need, and starts them. How many there were.
+    async fn claim(&mut self, limit: usize) -> Result<usize, DbError> {
         let now = self.db.clock().now();
         let mut tx = self.db.begin().await?;
         let rows = tx
@@ -366,7 +388,7 @@ impl<H: TaskHandler> Worker<H> {
             )
             .bind(now + self.options.lease)
             .bind(H::Task::KIND)
-            .bind(lane.number())
+            .bind(self.lane.number())
             .bind(now)
             .bind(limit)
             .fetch_all()
@@ -380,7 +402,7 @@ impl<H: TaskHandler> Worker<H> {
                     WHERE kind = $1 AND lane = $2 ORDER BY due_at LIMIT $3) AS next",
             )
             .bind(H::Task::KIND)
-            .bind(lane.number())
+            .bind(self.lane.number())
             // Those leased come first; one more is the first that is not.
             .bind(self.options.concurrency + 1)
             .fetch_scalar::<Option<Timestamp>>()
@@ -389,6 +411,7 @@ impl<H: TaskHandler> Worker<H> {
             Some(now)
         };
         let tasks: Vec<Leased<H::Task>> = rows.iter().map(leased).collect::<Result<_, _>>()?;
+        let claimed = tasks.len();
         if tasks.is_empty() {
             tx.rollback().await;
         } else {
@@ -396,15 +419,14 @@ impl<H: TaskHandler> Worker<H> {
             tx.commit().await?;
             for (task, context) in tasks.into_iter().zip(contexts) {
                 let (handler, timeout) = (Arc::clone(&self.handler), self.options.timeout);
-                self.at_work[index(lane)] += 1;
                 self.running.spawn(async move {
                     let result = run_one(handler.as_ref(), &task, &context, timeout).await;
                     (task, result)
                 });
             }
         }
-        self.next_due[index(lane)] = next_due;
-        Ok(())
+        self.next_due = next_due;
+        Ok(claimed)
     }
 
     /// Commits what has finished so far, all at once.
@@ -413,9 +435,7 @@ impl<H: TaskHandler> Worker<H> {
         let mut failed = Vec::new();
         let mut next = Some(first);
         while let Some(joined) = next {
-            if let Ok((task, _)) = &joined {
-                self.at_work[index(task.lane)] -= 1;
-            }
+            self.at_work.end(self.lane, 1);
             match joined {
                 Ok((task, Ok(output))) => done.push((task, output)),
                 Ok((task, Err(error))) => failed.push((task, error)),
@@ -476,7 +496,7 @@ impl<H: TaskHandler> Worker<H> {
                     (task.failures + 1, now + self.options.retry.delay(task.failures + 1))
                 }
             };
-            self.expect_at(task.lane, due);
+            self.expect_at(due);
             again.push((task.id, task.attempts, failures, due, telemetry::chain(failure.error.as_ref())));
         }
         if !again.is_empty() {
@@ -646,6 +666,20 @@ async fn run_one<H: TaskHandler>(
         ),
     }
     result
+}
+
+/// Frees leases from before the start, trying until it works. `false` if told to stop meanwhile.
+async fn released(db: &Db, kind: &str, stop: &CancellationToken) -> bool {
+    let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(10));
+    while let Err(error) = release_leases(db, kind).await {
+        let delay = backoff.next();
+        tracing::warn!(kind, error = telemetry::chain(&error), retry_in = ?delay, "leases cannot be released");
+        tokio::select! {
+            () = tokio::time::sleep(delay) => {}
+            () = stop.cancelled() => return false,
+        }
+    }
+    true
 }
 
 /// At start nobody else holds a lease, where nobody else may: a SQLite file has one process. Elsewhere leases run out.

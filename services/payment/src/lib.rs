@@ -80,7 +80,6 @@ impl Default for Config {
             outbox: OutboxConfig::default(),
             consumer: ConsumerOptions::default(),
             tasks: TaskOptions {
-                concurrency: 64,
                 timeout: Duration::from_secs(25),
                 lease: Duration::from_secs(45),
                 ..TaskOptions::default()

@@ -51,7 +51,8 @@ impl Default for GatewayConfig {
             timeout: Duration::from_secs(5),
             retries: 1,
             retry_share: 0.2,
-            concurrency: 128,
+            // As many as there are tasks of one kind: fewer at a time mean smaller commits, and a third less throughput.
+            concurrency: 256,
             breaker: BreakerOptions::default(),
             simulated: Knobs::default(),
             stripe: StripeConfig::default(),
