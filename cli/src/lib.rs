@@ -9,6 +9,7 @@ mod orders;
 mod output;
 mod payments;
 mod reconcile;
+mod schema;
 mod snapshot;
 mod streams;
 pub mod up;
@@ -91,6 +92,9 @@ enum Command {
     /// Make streams and consumers on a NATS cluster as the services declare them, or say what differs.
     #[command(subcommand)]
     Streams(streams::Command),
+    /// The events' schemas, and what a change of one means.
+    #[command(subcommand)]
+    Schema(schema::Command),
     /// Check that every order, cent and piece is accounted for.
     Verify(verify::Options),
     /// Check or show the configuration.
@@ -144,6 +148,11 @@ async fn dispatch(cli: Cli) -> Result<ExitCode, Exit> {
     if let Command::Completions { shell } = command {
         clap_complete::generate(shell, &mut Cli::command(), "consign", &mut std::io::stdout());
         return Ok(ExitCode::SUCCESS);
+    }
+    if let Command::Schema(command) = command {
+        // Needs no system and no configuration: it runs in any team's CI.
+        let fine = schema::run(command, global.format).map_err(cannot)?;
+        return Ok(if fine { ExitCode::SUCCESS } else { ExitCode::from(1) });
     }
     let config =
         Config::load(global.config.as_deref(), global.data_dir.as_deref(), &global.set).map_err(cannot)?;
@@ -200,7 +209,7 @@ async fn dispatch(cli: Cli) -> Result<ExitCode, Exit> {
         Command::Config(ConfigCommand::Show) => {
             print!("{}", toml::to_string_pretty(&config).map_err(cannot)?);
         }
-        Command::Completions { .. } => {}
+        Command::Completions { .. } | Command::Schema(_) => {}
     }
     Ok(ExitCode::SUCCESS)
 }

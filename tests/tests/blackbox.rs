@@ -593,3 +593,37 @@ async fn the_command_says_what_is_wrong_and_how_to_mend_it() {
     );
     process.terminate().await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn schemas_are_compared_and_checked_with_exit_codes_for_a_ci() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = |name: &str, text: &str| {
+        let path = dir.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        path.to_str().unwrap().to_owned()
+    };
+    let (code, out, _) = consign(&["schema", "show", "orders.cancelled.v1"]).await;
+    assert_eq!(code, 0);
+    let mut changed: Value = serde_json::from_str(&out).unwrap();
+    changed["properties"]["order_id"] = serde_json::json!({"type": "integer"});
+    changed["required"] = serde_json::json!(["order_id"]);
+    let changed = file("changed.json", &changed.to_string());
+    let (code, out, _) = consign(&["schema", "compat", "orders.cancelled.v1", "orders.cancelled.v1"]).await;
+    assert!(code == 0 && out.contains("fully compatible"), "{out}");
+    let (code, out, _) = consign(&["schema", "compat", "orders.cancelled.v1", &changed]).await;
+    assert!(code == 1 && out.contains("/order_id: may be string, and must be integer"), "{out}");
+    let (_, out, _) = consign(&["schema", "diff", "orders.cancelled.v1", &changed]).await;
+    assert!(out.contains("/reason: was required, is optional"), "{out}");
+    let good = r#"{"order_id":"0190a5e4-0000-7000-8000-000000000000","reason":"expired"}"#;
+    let good = file("good.json", &good.repeat(2));
+    assert_eq!(consign(&["schema", "check", "orders.cancelled.v1", &good]).await.0, 0);
+    let bad = file("bad.json", r#"{"order_id":"x","reason":"bored"}"#);
+    let (code, out, _) = consign(&["schema", "check", "orders.cancelled.v1", &good, &bad]).await;
+    assert!(
+        code == 1 && out.contains("/reason: must be one of") && out.contains("3 events, 1 of them"),
+        "{out}"
+    );
+    let odd = file("odd.json", r#"{"pattern":"a"}"#);
+    let (code, _, err) = consign(&["schema", "check", &odd, &good]).await;
+    assert!(code == 2 && err.contains("pattern"), "{err}");
+}

@@ -41,7 +41,11 @@ enum Task {
         stored: u64,
     },
     /// Write the JSON Schemas of all events to schemas/.
-    Schemas,
+    Schemas {
+        /// As released too, to schemas/released/: from then on only compatible changes pass the tests.
+        #[arg(long)]
+        release: bool,
+    },
     /// Format, and look for lints.
     Tidy,
 }
@@ -84,10 +88,14 @@ fn main() -> ExitCode {
             let embedded = matches!(what, None | Some(Bench::Embedded));
             servers.and_then(|()| if embedded { bench_embedded(&root, orders, stored) } else { Ok(()) })
         }
-        Task::Schemas => cargo(
-            &root,
-            &["run", "--quiet", "--package", "consign-contracts", "--example", "schemas", "schemas"],
-        ),
+        Task::Schemas { release } => {
+            let mut args =
+                vec!["run", "--quiet", "--package", "consign-contracts", "--example", "schemas", "schemas"];
+            if release {
+                args.push("schemas/released");
+            }
+            cargo(&root, &args)
+        }
         Task::Tidy => cargo(&root, &["fmt", "--all"]).and_then(|()| {
             cargo(&root, &["clippy", "--workspace", "--all-targets", "--", "--deny", "warnings"])
         }),

@@ -1,5 +1,6 @@
 //! JSON Schemas of events and request bodies: generated from the types, compiled once, and asked on both ends.
 
+pub mod compat;
 mod validate;
 
 use std::any::TypeId;
@@ -14,7 +15,7 @@ use serde_json::Value;
 use thiserror::Error;
 
 use crate::Event;
-use validate::Validator;
+use validate::{Unsupported, Validator};
 
 /// One thing wrong with a document.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
@@ -45,6 +46,15 @@ impl fmt::Display for SchemaViolation {
     }
 }
 
+/// A schema that cannot be validated against.
+#[derive(Debug, Error)]
+#[error("the schema {name} cannot be used")]
+pub struct UnsupportedSchema {
+    name: String,
+    #[source]
+    source: Unsupported,
+}
+
 /// A schema ready to validate.
 #[derive(Debug)]
 pub struct CompiledSchema {
@@ -65,6 +75,16 @@ impl CompiledSchema {
         let validator =
             Validator::compile(&document).unwrap_or_else(|e| panic!("{name} cannot be validated: {e}"));
         Self { name, document, validator }
+    }
+
+    /// A schema from elsewhere, a file perhaps.
+    ///
+    /// # Errors
+    /// It uses a keyword that our types never produce, and that is not supported.
+    pub fn parse(name: &str, document: Value) -> Result<Self, UnsupportedSchema> {
+        let validator = Validator::compile(&document)
+            .map_err(|source| UnsupportedSchema { name: name.to_owned(), source })?;
+        Ok(Self { name: name.to_owned(), document, validator })
     }
 
     /// The schema itself.

@@ -136,6 +136,13 @@ impl Validator {
         Ok(Self { nodes: compiler.nodes })
     }
 
+    /// A part of a schema, whose references lead into the whole.
+    pub(super) fn compile_within(part: &Value, whole: &Value) -> Result<Self, Unsupported> {
+        let mut compiler = Compiler { root: whole, nodes: Vec::new(), by_reference: HashMap::new() };
+        compiler.node(part, "#")?;
+        Ok(Self { nodes: compiler.nodes })
+    }
+
     pub(super) fn is_valid(&self, value: &Value) -> bool {
         self.check(0, value, &mut None)
     }

@@ -1,0 +1,197 @@
+//! `consign schema`: the events' schemas, and what a change of one means for those who read and write it. For a team's CI too: exit code 1 says no.
+
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use clap::{Subcommand, ValueEnum};
+use comfy_table::Table;
+use consign::handler::BoxError;
+use consign::schema::compat::{self, Break, Compatibility};
+use consign::schema::{CompiledSchema, Fault};
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use crate::output::{Format, text};
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// List all events with their versions.
+    List,
+    /// Print a schema.
+    Show {
+        /// An event such as orders.created.v1, or a file.
+        schema: String,
+    },
+    /// Check events against a schema: JSON, one after the other (exit code 1 if one breaks it).
+    Check {
+        /// An event such as orders.created.v1, or a file.
+        schema: String,
+        /// The events; standard input if none is named.
+        files: Vec<PathBuf>,
+    },
+    /// Name the differences between two schemas.
+    Diff {
+        /// The old one: an event such as orders.created.v1, or a file.
+        old: String,
+        /// The new one.
+        new: String,
+    },
+    /// Say whether readers and writers of two versions understand each other (exit code 1 if not as needed).
+    Compat {
+        /// The old one: an event such as orders.created.v1, or a file.
+        old: String,
+        /// The new one.
+        new: String,
+        /// What is needed.
+        #[arg(long, default_value = "full")]
+        need: Need,
+    },
+}
+
+/// In which directions two versions have to understand each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Need {
+    /// Consumers of the new one read old events.
+    Backward,
+    /// Consumers of the old one read new events.
+    Forward,
+    /// Both: what a version that is released may change to.
+    Full,
+}
+
+/// `false` if the answer is no.
+pub fn run(command: Command, format: Format) -> Result<bool, BoxError> {
+    match command {
+        Command::List => list(format).map(|()| true),
+        Command::Show { schema } => {
+            println!("{}", serde_json::to_string_pretty(&find(&schema)?)?);
+            Ok(true)
+        }
+        Command::Check { schema, files } => check(&schema, &files, format),
+        Command::Diff { old, new } => diff(&old, &new, format).map(|()| true),
+        Command::Compat { old, new, need } => compat(&old, &new, need, format),
+    }
+}
+
+/// A schema by its event's name, or from a file.
+fn find(named: &str) -> Result<Value, BoxError> {
+    let known = contracts::schemas();
+    if let Some((_, document)) = known.iter().find(|(name, _)| name == named) {
+        return Ok(document.clone());
+    }
+    let path = Path::new(named);
+    if !path.exists() {
+        let names: Vec<&str> = known.iter().map(|(name, _)| name.as_str()).collect();
+        return Err(format!("{named:?} is neither a file nor one of {}", names.join(", ")).into());
+    }
+    let bytes = std::fs::read(path).map_err(|e| format!("{named}: {e}"))?;
+    Ok(serde_json::from_slice(&bytes).map_err(|e| format!("{named} is not JSON: {e}"))?)
+}
+
+fn list(format: Format) -> Result<(), BoxError> {
+    let schemas = contracts::schemas();
+    if format == Format::Json {
+        let listed = schemas
+            .iter()
+            .map(|(name, s)| json!({"name": name, "id": s["$id"], "description": s["description"]}));
+        println!("{}", serde_json::to_string_pretty(&listed.collect::<Vec<_>>())?);
+        return Ok(());
+    }
+    let mut table = Table::new();
+    table.set_header(["event", "what it says"]);
+    for (name, schema) in &schemas {
+        table.add_row([name.clone(), text(&schema["description"])]);
+    }
+    println!("{table}");
+    Ok(())
+}
+
+#[derive(Serialize)]
+struct Checked {
+    source: String,
+    /// Counts from 1.
+    event: usize,
+    faults: Vec<Fault>,
+}
+
+fn check(named: &str, files: &[PathBuf], format: Format) -> Result<bool, BoxError> {
+    let schema = CompiledSchema::parse(named, find(named)?)?;
+    let mut sources = Vec::new();
+    for file in files {
+        let bytes = std::fs::read(file).map_err(|e| format!("{}: {e}", file.display()))?;
+        sources.push((file.display().to_string(), bytes));
+    }
+    if files.is_empty() {
+        let mut bytes = Vec::new();
+        std::io::stdin().read_to_end(&mut bytes)?;
+        sources.push(("standard input".to_owned(), bytes));
+    }
+    let (mut looked_at, mut broken) = (0, Vec::new());
+    for (source, bytes) in sources {
+        for (n, event) in serde_json::Deserializer::from_slice(&bytes).into_iter::<Value>().enumerate() {
+            looked_at += 1;
+            let faults = match event {
+                Ok(event) => schema.validate(&event).err().map(|e| e.faults),
+                Err(e) => Some(vec![Fault { pointer: String::new(), detail: format!("not JSON: {e}") }]),
+            };
+            broken.extend(faults.map(|faults| Checked { source: source.clone(), event: n + 1, faults }));
+        }
+    }
+    if looked_at == 0 {
+        return Err("there is no event to check; give files, or JSON on standard input".into());
+    }
+    if format == Format::Json {
+        println!("{}", serde_json::to_string_pretty(&json!({"looked_at": looked_at, "broken": broken}))?);
+    } else {
+        for b in &broken {
+            for fault in &b.faults {
+                let pointer = if fault.pointer.is_empty() { "/" } else { &fault.pointer };
+                println!("{}, event {}: {pointer}: {}", b.source, b.event, fault.detail);
+            }
+        }
+        println!("{looked_at} events, {} of them break {named}", broken.len());
+    }
+    Ok(broken.is_empty())
+}
+
+fn diff(old: &str, new: &str, format: Format) -> Result<(), BoxError> {
+    let changes = compat::changes(&find(old)?, &find(new)?);
+    if format == Format::Json {
+        println!("{}", serde_json::to_string_pretty(&changes)?);
+        return Ok(());
+    }
+    if changes.is_empty() {
+        println!("no difference that matters to who reads or writes it");
+    }
+    for change in &changes {
+        println!("{change}");
+    }
+    Ok(())
+}
+
+fn compat(old: &str, new: &str, need: Need, format: Format) -> Result<bool, BoxError> {
+    let found = compat::compare(&find(old)?, &find(new)?);
+    let verdict = found.compatibility();
+    let fine = match need {
+        Need::Backward => found.backward.is_empty(),
+        Need::Forward => found.forward.is_empty(),
+        Need::Full => verdict == Compatibility::Full,
+    };
+    if format == Format::Json {
+        let report = json!({"compatibility": verdict, "as_needed": fine, "backward": found.backward, "forward": found.forward});
+        println!("{}", serde_json::to_string_pretty(&report)?);
+        return Ok(fine);
+    }
+    println!("{old} → {new}: {}", verdict.as_str());
+    let told = |who: &str, breaks: &[Break]| {
+        if !breaks.is_empty() {
+            println!("\n{who}:");
+            for b in breaks {
+                println!("  {b}");
+            }
+        }
+    };
+    told("consumers of the new one stumble on old events (backward)", &found.backward);
+    told("consumers of the old one stumble on new events (forward)", &found.forward);
+    Ok(fine)
+}
