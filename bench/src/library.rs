@@ -153,6 +153,7 @@ async fn consume(nats: &NatsServer, postgres: &PostgresServer, broker: &Arc<dyn 
                 time: Clock::system().now(),
                 cause: Cause::new(),
                 lane: Lane::Standard,
+                siblings: Vec::new(),
             };
             let message = envelope.into_message(None, Bytes::from(serde_json::to_vec(&made(n)).unwrap()));
             // Apart from the stream that the relay published to.

@@ -291,6 +291,7 @@ async fn payment_alone_decides_and_may_say_no() {
         time: system.now(),
         cause: Cause::new(),
         lane: consign::Lane::Standard,
+        siblings: Vec::new(),
     };
     let message = envelope.into_message(None, Bytes::from(serde_json::to_vec(&event).unwrap()));
     system.bench.broker.publish(vec![message]).await.remove(0).unwrap();

@@ -24,6 +24,7 @@ async fn publish<E: consign::Event>(system: &System, event: &E, source: &str) {
         time: system.now(),
         cause: Cause::new(),
         lane: consign::Lane::Standard,
+        siblings: Vec::new(),
     };
     let payload = Bytes::from(serde_json::to_vec(event).unwrap());
     let message: Message = envelope.into_message(None, payload);

@@ -41,7 +41,9 @@ const SMALLER: usize = 8;
 
 /// A handler with the layers around it.
 pub(crate) type HandlerService = BoxCloneSyncService<Call, (), Failure>;
-type Decode = fn(Value) -> Result<Arc<dyn Any + Send + Sync>, serde_json::Error>;
+type AnyEvent = Arc<dyn Any + Send + Sync>;
+type Decode = Arc<dyn Fn(Value) -> Result<AnyEvent, serde_json::Error> + Send + Sync>;
+type Convert = Arc<dyn Fn(AnyEvent) -> Option<AnyEvent> + Send + Sync>;
 
 /// How a consumer fetches, waits and gives up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -74,7 +76,10 @@ impl Default for ConsumerOptions {
     }
 }
 
+#[derive(Clone)]
 struct Route {
+    /// The event that its handler takes; an older version leads there through upcasters.
+    target: Arc<str>,
     schema: Arc<CompiledSchema>,
     decode: Decode,
     batch: bool,
@@ -92,7 +97,17 @@ pub struct Consumer<S> {
     options: ConsumerOptions,
     routes: BTreeMap<String, MakeRoute<S>>,
     layers: Vec<Box<dyn Fn(HandlerService) -> HandlerService + Send>>,
+    upcasters: Vec<Upcaster>,
     breaker: Option<Breaker>,
+}
+
+/// Makes the next version of an older one.
+struct Upcaster {
+    from: String,
+    to: String,
+    schema: Arc<CompiledSchema>,
+    decode: Decode,
+    convert: Convert,
 }
 
 impl<S: Clone + Send + Sync + 'static> Consumer<S> {
@@ -104,6 +119,7 @@ impl<S: Clone + Send + Sync + 'static> Consumer<S> {
             options: ConsumerOptions::default(),
             routes: BTreeMap::new(),
             layers: Vec::new(),
+            upcasters: Vec::new(),
             breaker: None,
         }
     }
@@ -129,15 +145,35 @@ impl<S: Clone + Send + Sync + 'static> Consumer<S> {
                 .layer(CatchPanic)
                 .service(call);
             Route {
+                target: H::Event::name().into(),
                 schema: schema::of::<H::Event>(),
-                decode: |value| {
-                    Ok(Arc::new(serde_json::from_value::<H::Event>(value)?) as Arc<dyn Any + Send + Sync>)
-                },
+                decode: decode_as::<H::Event>(),
                 batch: H::BATCH,
                 service: BoxCloneSyncService::new(service),
             }
         };
         self.routes.insert(H::Event::name(), Box::new(make));
+        self
+    }
+
+    /// Accepts an older version of an event too, made into a newer one before its handler sees it. Upcasters follow one another: with one from 1 to
+    /// 2 and one from 2 to 3, a handler of version 3 gets all three.
+    ///
+    /// Of an event that was published in several versions, the highest that is accepted takes effect; the others are acknowledged.
+    #[must_use]
+    pub fn upcast<Old: Event, New: Event>(mut self, upcast: fn(Old) -> New) -> Self {
+        const { assert!(Old::VERSION < New::VERSION, "an upcaster leads to a newer version") };
+        let convert = move |event: AnyEvent| {
+            let old = event.downcast_ref::<Old>()?.clone();
+            Some(Arc::new(upcast(old)) as AnyEvent)
+        };
+        self.upcasters.push(Upcaster {
+            from: Old::name(),
+            to: New::name(),
+            schema: schema::of::<Old>(),
+            decode: decode_as::<Old>(),
+            convert: Arc::new(convert),
+        });
         self
     }
 
@@ -163,7 +199,7 @@ impl<S: Clone + Send + Sync + 'static> Consumer<S> {
     /// Ready to run: handlers get `state` through `State`.
     pub fn with_state(self, state: S) -> ReadyConsumer {
         let options = self.options;
-        let routes = self
+        let mut routes: HashMap<String, Route> = self
             .routes
             .into_iter()
             .map(|(name, make)| {
@@ -174,8 +210,42 @@ impl<S: Clone + Send + Sync + 'static> Consumer<S> {
                 (name, route)
             })
             .collect();
+        let handled: Vec<(String, Route)> = routes.iter().map(|(n, r)| (n.clone(), r.clone())).collect();
+        for (name, route) in handled {
+            reach(&mut routes, &self.upcasters, &name, &route, &(Arc::new(Some) as Convert));
+        }
         let breaker = self.breaker;
         ReadyConsumer { name: self.name.as_str().into(), stream: self.stream, options, routes, breaker }
+    }
+}
+
+fn decode_as<E: Event>() -> Decode {
+    Arc::new(|value| Ok(Arc::new(serde_json::from_value::<E>(value)?) as AnyEvent))
+}
+
+/// Adds routes for all older versions from which upcasters lead to `name`, and from there by `rest` to the handler of `route`. A version that has a
+/// handler of its own keeps it.
+fn reach(
+    routes: &mut HashMap<String, Route>,
+    upcasters: &[Upcaster],
+    name: &str,
+    route: &Route,
+    rest: &Convert,
+) {
+    for upcaster in upcasters.iter().filter(|u| u.to == name) {
+        if routes.contains_key(&upcaster.from) {
+            continue;
+        }
+        let (first, rest) = (Arc::clone(&upcaster.convert), Arc::clone(rest));
+        let convert: Convert = Arc::new(move |event| rest(first(event)?));
+        let (decode, whole) = (Arc::clone(&upcaster.decode), Arc::clone(&convert));
+        let decode: Decode = Arc::new(move |value| {
+            let old = decode(value)?;
+            whole(old).ok_or_else(|| serde::de::Error::custom("an upcaster was given another event"))
+        });
+        let older = Route { schema: Arc::clone(&upcaster.schema), decode, ..route.clone() };
+        routes.insert(upcaster.from.clone(), older);
+        reach(routes, upcasters, &upcaster.from, route, &convert);
     }
 }
 
@@ -422,12 +492,18 @@ impl Worker {
 
     async fn process(&self, deliveries: &[Delivery]) {
         let mut entries = Vec::with_capacity(deliveries.len());
+        let mut superseded = Vec::new();
         for d in deliveries {
             match self.decode(&d.message) {
+                Ok((incoming, _)) if self.is_superseded(&incoming.envelope) => {
+                    superseded.push((d.reply.clone(), Settlement::Ack));
+                }
                 Ok((incoming, route)) => entries.push(Entry { delivery: d, incoming, route }),
                 Err(reject) => self.reject(d, reject).await,
             }
         }
+        self.count("superseded", superseded.len());
+        self.settle(superseded).await;
         // Depth first: what a failure splits off is tried before what follows it.
         let mut stack = vec![entries];
         let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(10));
@@ -475,6 +551,13 @@ impl Worker {
                 }
             }
         }
+    }
+
+    /// Whether the same event comes, or came, in a higher version that is accepted here. It is not claimed then: it takes effect as that one.
+    fn is_superseded(&self, envelope: &Envelope) -> bool {
+        let accepted =
+            |version: u32| self.consumer.routes.contains_key(&format!("{}.v{version}", envelope.event_type));
+        envelope.siblings.iter().any(|v| *v > envelope.version && accepted(*v))
     }
 
     async fn pause(&self, delay: Duration) {
@@ -528,12 +611,9 @@ impl Worker {
                 .await?;
         }
         let slot = Slot::new(tx);
-        let mut by_route: BTreeMap<(&str, u32), Vec<&Entry<'_>>> = BTreeMap::new();
+        let mut by_route: BTreeMap<&str, Vec<&Entry<'_>>> = BTreeMap::new();
         for e in &fresh {
-            by_route
-                .entry((&e.incoming.envelope.event_type, e.incoming.envelope.version))
-                .or_default()
-                .push(e);
+            by_route.entry(&e.route.target).or_default().push(e);
         }
         for entries in by_route.into_values() {
             let route = entries[0].route;

@@ -180,6 +180,8 @@ pub struct Envelope {
     pub cause: Cause,
     /// See [`Lane`].
     pub lane: Lane,
+    /// All versions in which this one logical event was published, if there are several.
+    pub siblings: Vec<u32>,
 }
 
 /// The message is no event we can read.
@@ -236,6 +238,10 @@ impl Envelope {
             ("ce-correlationid".into(), self.cause.correlation_id.0),
             ("ce-lane".into(), self.lane.as_str().into()),
         ];
+        if !self.siblings.is_empty() {
+            let versions: Vec<String> = self.siblings.iter().map(u32::to_string).collect();
+            headers.push(("ce-siblings".into(), versions.join(",")));
+        }
         if let Some(id) = self.cause.causation_id {
             headers.push(("ce-causationid".into(), id.to_string()));
         }
@@ -261,7 +267,12 @@ impl Envelope {
             Some(text) => Some(text.parse().map_err(|_| malformed("causationid"))?),
             None => None,
         };
+        let siblings = match message.header("ce-siblings") {
+            Some(text) => text.split(',').map(str::parse).collect::<Result<_, _>>(),
+            None => Ok(Vec::new()),
+        };
         Ok(Self {
+            siblings: siblings.map_err(|_| malformed("siblings"))?,
             id: get("id", "ce-id")?.parse().map_err(|_| malformed("id"))?,
             event_type: event_type.to_owned().into(),
             version,
@@ -298,6 +309,7 @@ mod tests {
             time: Timestamp::from_millis(1_700_000_000_123),
             cause: Cause { causation_id: Some(Uuid::now_v7()), ..Cause::new() },
             lane: Lane::Express,
+            siblings: vec![1, 2],
         }
     }
 

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::future::OptionFuture;
+use serde_json::Value;
 use thiserror::Error;
 use tokio::task::JoinError;
 use tokio::time::Instant;
@@ -21,7 +22,7 @@ use crate::broker::{Broker, Message, PubAck, PublishError};
 use crate::db::{Db, DbError, Row, Tx, TxState};
 use crate::event::{Cause, Envelope, Event, EventId, Lane};
 use crate::retry::Backoff;
-use crate::schema::{self, SchemaViolation};
+use crate::schema::{self, CompiledSchema, SchemaViolation};
 use crate::{Timestamp, telemetry};
 
 /// Rows published per round; the next round's rows gather meanwhile, so rounds grow with the load.
@@ -42,6 +43,17 @@ pub struct Emission<E> {
     lane: Lane,
     key: Option<String>,
     cause: Option<Cause>,
+    older: Vec<Older>,
+    versions: Option<Vec<u32>>,
+}
+
+/// The same event as an older version has it.
+#[derive(Debug)]
+struct Older {
+    event_type: &'static str,
+    version: u32,
+    schema: Arc<CompiledSchema>,
+    value: Result<Value, serde_json::Error>,
 }
 
 impl<E: Event> Emission<E> {
@@ -54,7 +66,48 @@ impl<E: Event> Emission<E> {
             lane: Lane::Standard,
             key: None,
             cause: None,
+            older: Vec::new(),
+            versions: None,
         }
+    }
+
+    /// Publishes it as an older version too, for consumers that have not moved yet: one logical event with one id, in one transaction. A
+    /// consumer that accepts both takes effect once, with the highest version it accepts.
+    ///
+    /// ```
+    /// use consign::{Emission, Event};
+    /// # use schemars::JsonSchema;
+    /// # use serde::{Deserialize, Serialize};
+    ///
+    /// #[derive(Clone, Serialize, Deserialize, JsonSchema, Event)]
+    /// #[event(type = "parcels.packed", version = 1)]
+    /// struct PackedV1 { grams: u32 }
+    ///
+    /// #[derive(Clone, Serialize, Deserialize, JsonSchema, Event)]
+    /// #[event(type = "parcels.packed", version = 2)]
+    /// struct Packed { grams: u32, fragile: bool }
+    ///
+    /// let packed = Packed { grams: 700, fragile: true };
+    /// Emission::new(packed, "parcel-1", 1).also(|p| PackedV1 { grams: p.grams });
+    /// ```
+    #[must_use]
+    pub fn also<Old: Event>(mut self, downcast: impl FnOnce(&E) -> Old) -> Self {
+        const { assert!(Old::VERSION < E::VERSION, "a downcast leads to an older version") };
+        let value = serde_json::to_value(downcast(&self.event));
+        self.older.push(Older {
+            event_type: Old::TYPE,
+            version: Old::VERSION,
+            schema: schema::of::<Old>(),
+            value,
+        });
+        self
+    }
+
+    /// Publishes only these of its versions, as configuration says: `[1]` before a change, `[1, 2]` while it is under way, `[2]` after it.
+    /// Without this, all that there are.
+    #[must_use]
+    pub fn versions(self, versions: &[u32]) -> Self {
+        Self { versions: Some(versions.to_vec()), ..self }
     }
 
     /// On which lane it travels.
@@ -85,6 +138,22 @@ pub enum EmitError {
     /// It cannot be written as JSON.
     #[error("the event cannot be written as JSON")]
     Json(#[from] serde_json::Error),
+    /// None of the versions to be published is one it has.
+    #[error("{event} is to be published in versions {wanted:?}, and has none of them")]
+    NoVersion {
+        /// Its type.
+        event: &'static str,
+        /// What was asked for.
+        wanted: Vec<u32>,
+    },
+    /// An older version is of another type.
+    #[error("{other} is no version of {event}")]
+    OtherType {
+        /// Its type.
+        event: &'static str,
+        /// The other.
+        other: &'static str,
+    },
 }
 
 /// A row of the outbox to be.
@@ -96,29 +165,50 @@ pub(crate) struct Recorded {
     pub created_at: Timestamp,
 }
 
+/// One row for each version that is published.
 pub(crate) fn record<E: Event>(
     emission: Emission<E>,
     cause: &Cause,
     service: &str,
     now: Timestamp,
-) -> Result<Recorded, EmitError> {
-    let value = serde_json::to_value(&emission.event)?;
-    schema::of::<E>().validate(&value)?;
+) -> Result<Vec<Recorded>, EmitError> {
     let id = Uuid::now_v7();
-    let envelope = Envelope {
-        id,
-        event_type: E::TYPE.into(),
-        version: E::VERSION,
-        source: format!("/services/{service}").into(),
-        aggregate_id: emission.aggregate_id,
-        aggregate_version: emission.aggregate_version,
-        time: now,
-        cause: emission.cause.unwrap_or_else(|| cause.clone()),
-        lane: emission.lane,
+    let mut all = Vec::with_capacity(1 + emission.older.len());
+    for older in emission.older {
+        if older.event_type != E::TYPE {
+            return Err(EmitError::OtherType { event: E::TYPE, other: older.event_type });
+        }
+        all.push((older.version, older.schema, older.value?));
+    }
+    all.push((E::VERSION, schema::of::<E>(), serde_json::to_value(&emission.event)?));
+    if let Some(wanted) = emission.versions {
+        all.retain(|(version, ..)| wanted.contains(version));
+        if all.is_empty() {
+            return Err(EmitError::NoVersion { event: E::TYPE, wanted });
+        }
+    }
+    let siblings: Vec<u32> =
+        if all.len() > 1 { all.iter().map(|(version, ..)| *version).collect() } else { Vec::new() };
+    let cause = emission.cause.unwrap_or_else(|| cause.clone());
+    let record = |(version, schema, value): (u32, Arc<CompiledSchema>, Value)| {
+        schema.validate(&value)?;
+        let envelope = Envelope {
+            id,
+            event_type: E::TYPE.into(),
+            version,
+            source: format!("/services/{service}").into(),
+            aggregate_id: emission.aggregate_id.clone(),
+            aggregate_version: emission.aggregate_version,
+            time: now,
+            cause: cause.clone(),
+            lane: emission.lane,
+            siblings: siblings.clone(),
+        };
+        let payload = Bytes::from(serde_json::to_vec(&value)?);
+        let message = envelope.into_message(emission.key.as_deref(), payload);
+        Ok(Recorded { event_id: id, lane: emission.lane, message, created_at: now })
     };
-    let payload = Bytes::from(serde_json::to_vec(&value)?);
-    let message = envelope.into_message(emission.key.as_deref(), payload);
-    Ok(Recorded { event_id: id, lane: emission.lane, message, created_at: now })
+    all.into_iter().map(record).collect()
 }
 
 /// Headers as the table keeps them: JSON, which no database ever looks into.

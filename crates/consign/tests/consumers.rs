@@ -125,6 +125,7 @@ fn message(bench: &Bench, number: u32) -> Message {
         time: bench.time.clock().now(),
         cause: Cause::new(),
         lane: consign::Lane::Standard,
+        siblings: Vec::new(),
     };
     envelope.into_message(None, Bytes::from(serde_json::to_vec(&Happened { number }).unwrap()))
 }

@@ -204,6 +204,7 @@ impl Rig {
             time: self.bench.time.clock().now(),
             cause: Cause::new(),
             lane: consign::Lane::Standard,
+            siblings: Vec::new(),
         };
         let payload = Bytes::from(serde_json::to_vec(&Opened { number }).unwrap());
         self.bench.broker.publish(vec![envelope.into_message(None, payload)]).await.remove(0).unwrap();

@@ -515,8 +515,9 @@ impl Tx {
         let state = self.state();
         match outbox::record(emission, &state.cause, state.db.service(), state.db.clock().now()) {
             Ok(recorded) => {
-                let id = recorded.event_id;
-                state.emitted.push(recorded);
+                // There is at least one, and all have the same id.
+                let id = recorded.first().map_or_else(uuid::Uuid::nil, |r| r.event_id);
+                state.emitted.extend(recorded);
                 Ok(id)
             }
             Err(e) => {
