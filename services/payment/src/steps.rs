@@ -215,13 +215,9 @@ fn follow_up(
         Decision::Intend { .. } => charge(tx, p, now, false, step.cause.clone())?,
         // On to the next step of the call: a task of its own, so that the reference is kept.
         Decision::Proceed => charge(tx, p, now, true, step.cause.clone())?,
-        Decision::MarkCancelled => {
-            // What was charged in secret must be found out, even if the call has become a dead letter. If it waits, the wait is over.
-            charge(tx, p, now, true, step.cause.clone())?;
-            tx.expedite_task::<ChargeTask>(order_id.to_string());
-        }
-        // It waits for the order service's word, perhaps.
-        Decision::Extend => tx.expedite_task::<ChargeTask>(order_id.to_string()),
+        // It waits for its retry, or for the order service's word; either wait is over now. What is a dead letter waits for an operator: a task made
+        // here would wait, with the payment locked, for whoever is just recording an outcome and waits for the payment.
+        Decision::MarkCancelled | Decision::Extend => tx.expedite_task::<ChargeTask>(order_id.to_string()),
         Decision::Succeed | Decision::SucceedAndRefund => {
             emit(tx, p, step, PaymentSucceeded { payment_id, order_id, amount: p.state.amount, currency })?;
         }

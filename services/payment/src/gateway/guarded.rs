@@ -103,7 +103,11 @@ pub struct Gateway {
 
 #[derive(Clone, Debug)]
 enum Call {
-    Charge(Charge),
+    /// Once more, if it was attempted in this call already: then it may have charged.
+    Charge {
+        charge: Charge,
+        again: bool,
+    },
     Lookup(Charge),
     Cancel(Charge),
     Refund(Refund),
@@ -151,7 +155,7 @@ impl Gateway {
 
     /// See [`PaymentGateway::charge`].
     pub async fn charge(&self, charge: Charge) -> Result<Answer, GatewayError> {
-        match self.call(Call::Charge(charge)).await? {
+        match self.call(Call::Charge { charge, again: false }).await? {
             Reply::Charge(answer) => Ok(answer),
             other => Err(mixed_up(&other)),
         }
@@ -190,7 +194,7 @@ fn mixed_up(reply: &Reply) -> GatewayError {
 async fn attempt(gateway: &dyn PaymentGateway, call: Call, timeout: Duration) -> Result<Reply, GatewayError> {
     let made = async {
         match &call {
-            Call::Charge(charge) => gateway.charge(charge).await.map(Reply::Charge),
+            Call::Charge { charge, .. } => gateway.charge(charge).await.map(Reply::Charge),
             Call::Lookup(charge) => gateway.lookup(charge).await.map(Reply::Known),
             Call::Cancel(charge) => gateway.cancel(charge).await.map(Reply::Charge),
             Call::Refund(refund) => gateway.refund(refund).await.map(Reply::Refund),
@@ -222,8 +226,13 @@ where
 
     fn call(&mut self, call: Call) -> Self::Future {
         match &call {
-            Call::Charge(charge) if self.clock.now() >= charge.not_after => {
-                Either::Left(ready(Err(GatewayError::TooLate)))
+            Call::Charge { charge, again } if self.clock.now() >= charge.not_after => {
+                let late = if *again {
+                    GatewayError::unavailable("too late to try again, and what was tried gave no answer")
+                } else {
+                    GatewayError::TooLate
+                };
+                Either::Left(ready(Err(late)))
             }
             _ => Either::Right(self.inner.call(call)),
         }
@@ -261,8 +270,13 @@ impl Policy<Call, Reply, GatewayError> for Again {
         }
         self.left -= 1;
         self.tried += 1;
-        if let Call::Charge(charge) | Call::Lookup(charge) | Call::Cancel(charge) = call {
-            charge.attempt += 1;
+        match call {
+            Call::Charge { charge, again } => {
+                charge.attempt += 1;
+                *again = true;
+            }
+            Call::Lookup(charge) | Call::Cancel(charge) => charge.attempt += 1,
+            Call::Refund(_) => {}
         }
         Some(Box::pin(tokio::time::sleep(PAUSE.delay(self.tried))))
     }
@@ -395,6 +409,17 @@ mod tests {
         let late = Charge { not_after: clock.now(), ..charge(&clock) };
         assert!(matches!(gateway.charge(late).await, Err(GatewayError::TooLate)));
         assert_eq!(scripted.calls.load(Ordering::SeqCst), 10);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_was_tried_in_time_and_is_too_late_to_try_again_stays_unknown() {
+        let scripted = Scripted { fails: 1.into(), ..Scripted::default() };
+        let (scripted, gateway, clock) = gateway(scripted, &GatewayConfig::default());
+        // Over before the pause between attempts is.
+        let late = Charge { not_after: clock.now() + Duration::from_millis(20), ..charge(&clock) };
+        let error = gateway.charge(late).await.unwrap_err();
+        assert_eq!(scripted.calls.load(Ordering::SeqCst), 1);
+        assert!(error.is_outage(), "the first attempt may have charged: {error}");
     }
 
     #[tokio::test(start_paused = true)]

@@ -89,7 +89,7 @@ pub enum GatewayError {
     /// It refused the request as such: another try would be refused too.
     #[error("the gateway refuses the request: {0}")]
     Refused(String),
-    /// It may not be charged any more, so no call was made.
+    /// It may not be charged any more, so no call was made, and none before it in this call.
     #[error("too late to charge")]
     TooLate,
     /// The circuit breaker is open, so no call was made.
