@@ -19,6 +19,7 @@ mod floor;
 mod library;
 mod outage;
 mod saga;
+mod schema;
 mod statements;
 
 use comfy_table::Table;
@@ -87,6 +88,9 @@ async fn main() {
     }
     if wanted("breaker") {
         figures.extend(breaker::run().await);
+    }
+    if wanted("schema") {
+        figures.extend(schema::run());
     }
     if wanted("outage") {
         let (nats, postgres) = servers();

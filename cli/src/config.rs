@@ -83,7 +83,7 @@ impl Config {
         if let Err(e) = self.log.parse_filter() {
             faults.push(consign::telemetry::chain(&e));
         }
-        let listens = [self.order.http.listen, self.inventory.0.http.listen, self.payment.http.listen];
+        let listens = [self.order.http.listen, self.inventory.http.listen, self.payment.http.listen];
         for (i, a) in listens.iter().enumerate() {
             if a.port() != 0 && listens[..i].contains(a) {
                 faults.push(format!("two services are to listen on {a}; give each its own http.listen"));
@@ -113,7 +113,7 @@ impl Endpoints {
         let written = std::fs::read(config.data_dir.join(Self::FILE)).ok();
         written.and_then(|bytes| serde_json::from_slice(&bytes).ok()).unwrap_or_else(|| Self {
             order: format!("http://{}", config.order.http.listen),
-            inventory: format!("http://{}", config.inventory.0.http.listen),
+            inventory: format!("http://{}", config.inventory.http.listen),
             payment: format!("http://{}", config.payment.http.listen),
         })
     }

@@ -1,4 +1,5 @@
-//! `consign schema`: the events' schemas, and what a change of one means for those who read and write it. For a team's CI too: exit code 1 says no.
+//! `consign schema`: the events' schemas, and what a change of one means for those who read and write it. For a team's CI too: exit code 1
+//! says no.
 
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -11,9 +12,13 @@ use consign::schema::{CompiledSchema, Fault};
 use serde::Serialize;
 use serde_json::{Value, json};
 
+use crate::asyncapi;
+use crate::client::Client;
+use crate::config::Config;
 use crate::output::{Format, text};
+use crate::versions::{self, Version};
 
-#[derive(Debug, Subcommand)]
+#[derive(Clone, Debug, Subcommand)]
 pub enum Command {
     /// List all events with their versions.
     List,
@@ -46,6 +51,43 @@ pub enum Command {
         #[arg(long, default_value = "full")]
         need: Need,
     },
+    /// Describe all services, channels, messages and schemas, as AsyncAPI 3.0 or as a page to read.
+    Export {
+        /// As what.
+        #[arg(long = "as", default_value = "asyncapi")]
+        document: Document,
+        /// Where to; standard output if left out.
+        #[arg(long, short)]
+        output: Option<PathBuf>,
+    },
+    /// Say of each version who still reads it, and when it last took effect (asks the running services).
+    Usage {
+        /// Only of this event, for example orders.created.
+        event: Option<String>,
+    },
+    /// Publish a version no more; refused while somebody asks for it (exit code 1).
+    Retire {
+        /// The event, for example orders.created.
+        event: String,
+        /// The version, for example v1.
+        version: Version,
+    },
+    /// Publish a version that was retired again, if it is configured.
+    Restore {
+        /// The event, for example orders.created.
+        event: String,
+        /// The version, for example v1.
+        version: Version,
+    },
+}
+
+/// What is written by `export`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Document {
+    /// [AsyncAPI 3.0](https://www.asyncapi.com/docs/reference/specification/v3.0.0), in JSON.
+    Asyncapi,
+    /// One page of HTML, which needs nothing else.
+    Html,
 }
 
 /// In which directions two versions have to understand each other.
@@ -59,9 +101,39 @@ pub enum Need {
     Full,
 }
 
-/// `false` if the answer is no.
-pub fn run(command: Command, format: Format) -> Result<bool, BoxError> {
+impl Command {
+    /// Whether it has to ask the running services. The others run in any team's CI.
+    pub fn asks_services(&self) -> bool {
+        matches!(self, Self::Usage { .. } | Self::Retire { .. } | Self::Restore { .. })
+    }
+}
+
+/// `false` if the answer is no. `services` are asked by the commands that have to.
+pub async fn run(
+    command: Command,
+    services: &[Client],
+    config: &Config,
+    format: Format,
+) -> Result<bool, BoxError> {
     match command {
+        Command::Export { document, output } => {
+            let text = match document {
+                Document::Asyncapi => format!("{:#}\n", asyncapi::document(config)),
+                Document::Html => asyncapi::page(config),
+            };
+            match output {
+                Some(path) => std::fs::write(&path, text).map_err(|e| format!("{}: {e}", path.display()))?,
+                None => print!("{text}"),
+            }
+            Ok(true)
+        }
+        Command::Usage { event } => versions::usage(services, event.as_deref(), format).await.map(|()| true),
+        Command::Retire { event, version } => {
+            versions::change(services, &event, version, "retire", format).await
+        }
+        Command::Restore { event, version } => {
+            versions::change(services, &event, version, "restore", format).await
+        }
         Command::List => list(format).map(|()| true),
         Command::Show { schema } => {
             println!("{}", serde_json::to_string_pretty(&find(&schema)?)?);

@@ -111,7 +111,7 @@ fn line(
     apply: bool,
     applied: Result<(), BrokerError>,
 ) -> Result<Line, BoxError> {
-    if let Err(e @ BrokerError::Config(_)) = &applied {
+    if let Err(e @ (BrokerError::Config(_) | BrokerError::PassesOver { .. })) = &applied {
         return Ok(Line { kind, name, state: "refused", detail: e.to_string() });
     }
     applied?;

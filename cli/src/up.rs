@@ -44,11 +44,11 @@ impl System {
     /// Starts everything in a data directory.
     pub async fn start(mut config: Config, dir: &DataDir) -> Result<Self, BoxError> {
         let (token, _) = dir.admin_token()?;
-        for http in [&mut config.order.http, &mut config.inventory.0.http, &mut config.payment.http] {
+        for http in [&mut config.order.http, &mut config.inventory.http, &mut config.payment.http] {
             http.admin_token.get_or_insert_with(|| token.clone());
         }
         let admin_token =
-            config.inventory.0.http.admin_token.as_ref().map_or("", |t| t.expose_secret()).to_owned();
+            config.inventory.http.admin_token.as_ref().map_or("", |t| t.expose_secret()).to_owned();
         let clock = Clock::system();
         let embedded = Arc::new(EmbeddedBroker::open(&dir.file("broker.db"), clock.clone()).await?);
         let broker = || Arc::clone(&embedded) as Arc<dyn Broker>;

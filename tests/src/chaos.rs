@@ -12,8 +12,8 @@ use async_trait::async_trait;
 use consign::Failure;
 use consign::broker::embedded::EmbeddedBroker;
 use consign::broker::{
-    Broker, BrokerError, BrokerStatus, ConsumerConfig, ConsumerInfo, Delivery, Message, PubAck, PublishError,
-    Settlement, StoredMessage, StreamConfig, StreamInfo,
+    Broker, BrokerError, BrokerStatus, ConsumerConfig, ConsumerInfo, Delivery, Find, Message, PubAck,
+    PublishError, Settlement, StoredMessage, StreamConfig, StreamInfo,
 };
 use consign::handler::Call;
 use payment::gateway::{Answer, Charge, GatewayError, PaymentGateway, Refund, Refunded, SimulatedGateway};
@@ -268,6 +268,17 @@ impl Broker for FaultyBroker {
     }
     async fn get(&self, stream: &str, sequence: u64) -> Result<Option<Arc<StoredMessage>>, BrokerError> {
         self.inner.get(stream, sequence).await
+    }
+    async fn find(
+        &self,
+        stream: &str,
+        filter: &str,
+        which: Find,
+    ) -> Result<Option<Arc<StoredMessage>>, BrokerError> {
+        self.inner.find(stream, filter, which).await
+    }
+    async fn consumers(&self, stream: &str) -> Result<Vec<ConsumerInfo>, BrokerError> {
+        self.inner.consumers(stream).await
     }
     async fn stream_info(&self, stream: &str) -> Result<StreamInfo, BrokerError> {
         self.inner.stream_info(stream).await

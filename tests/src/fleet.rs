@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::Stdio;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -34,7 +34,11 @@ pub struct Fleet {
     pub replicas: Vec<Replica>,
     logs: PathBuf,
     http: reqwest::Client,
+    loads: AtomicUsize,
 }
+
+/// Each load has numbers, and with them idempotency keys, of its own.
+const NUMBERS: usize = 1_000_000;
 
 impl Fleet {
     /// `replicas` of each, on these NATS servers; with 1000 of each of ten products in stock. In settings, `{service}` is its name; one called
@@ -56,7 +60,16 @@ impl Fleet {
         std::fs::create_dir_all(&logs).unwrap();
         let http = reqwest::Client::builder().timeout(Duration::from_secs(10)).build().unwrap();
         let settings = settings.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
-        let mut fleet = Self { nats, postgres, databases, settings, replicas: Vec::new(), logs, http };
+        let mut fleet = Self {
+            nats,
+            postgres,
+            databases,
+            settings,
+            replicas: Vec::new(),
+            logs,
+            http,
+            loads: AtomicUsize::new(1),
+        };
         for _ in 0..replicas {
             for service in ["inventory", "payment", "order"] {
                 fleet.add(service).await;
@@ -102,6 +115,29 @@ impl Fleet {
         let url = line.split_whitespace().last().unwrap().to_owned();
         assert!(url.starts_with("http://"), "{line}, replica {n}");
         self.replicas.push(Replica { service, child, url });
+    }
+
+    /// Changes a setting for replicas that are started from now on.
+    pub fn set(&mut self, name: &str, value: &str) {
+        self.settings.retain(|(n, _)| n != name);
+        self.settings.push((name.to_owned(), value.to_owned()));
+    }
+
+    /// Replaces each replica of a service by a new one, one after the other, as a rolling deployment does.
+    pub async fn roll(&mut self, service: &'static str, load: &Load) {
+        for _ in 0..self.urls(service).len() {
+            self.add(service).await;
+            load.replicas(self);
+            self.terminate(service).await;
+            load.replicas(self);
+        }
+    }
+
+    /// Runs a command of `consign` that asks the services.
+    pub async fn consign(&self, args: &[&str]) -> (i32, String, String) {
+        let [order, inventory, payment] = SERVICES.map(|s| self.urls(s).join(","));
+        let urls = ["--order-url", &order, "--inventory-url", &inventory, "--payment-url", &payment];
+        crate::consign(&[args, &urls, &["--admin-token", TOKEN]].concat()).await
     }
 
     /// The base URLs of a service's replicas.
@@ -162,13 +198,14 @@ impl Fleet {
     pub fn load(&self, per_second: u32) -> Load {
         let stop = Arc::new(AtomicBool::new(false));
         let orders = Arc::new(Mutex::new(self.urls("order")));
+        let first = self.loads.fetch_add(1, Ordering::Relaxed) * NUMBERS;
         let run = {
             let (stop, orders, http) = (Arc::clone(&stop), Arc::clone(&orders), self.http.clone());
             tokio::spawn(async move {
                 let mut placing = JoinSet::new();
                 let mut ids = Vec::new();
                 let mut tick = tokio::time::interval(Duration::from_secs(1) / per_second);
-                for n in 0_usize.. {
+                for n in first.. {
                     if stop.load(Ordering::Relaxed) {
                         break;
                     }
@@ -282,7 +319,7 @@ impl Fleet {
         let (code, out, err) = crate::consign(&[
             "verify",
             "--settle",
-            "20",
+            "40",
             "--order-db",
             order,
             "--inventory-db",

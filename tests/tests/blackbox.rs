@@ -595,6 +595,51 @@ async fn the_command_says_what_is_wrong_and_how_to_mend_it() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_version_is_retired_when_nobody_asks_for_it_and_restored() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path().join("data");
+    std::fs::create_dir(&dir).unwrap();
+    let process =
+        Process::start(&dir, &["order.publish.orders_created=[1,2]", "inventory.accept.orders_created=[2]"])
+            .await;
+    let data = ["--data-dir", dir.to_str().unwrap()];
+    let run = async |args: &[&str]| consign(&[args, &data].concat()).await;
+    let (code, out, err) = run(&["schema", "usage", "orders.created", "--format", "json"]).await;
+    assert_eq!(code, 0, "{err}");
+    let lines: Vec<Value> = serde_json::from_str(&out).unwrap();
+    let of = |version: u64| lines.iter().find(|l| l["version"] == version).unwrap();
+    assert_eq!((&of(1)["given"], &of(1)["handled_as"]), (&json!(false), &json!("orders.created.v2")));
+    assert_eq!((&of(2)["given"], &of(2)["replicas"]), (&json!(true), &json!(1)));
+    // Somebody asks for version 2, so it stays; nobody for version 1.
+    let (code, _, err) = run(&["schema", "retire", "orders.created", "v2"]).await;
+    assert!(code == 1 && err.contains("inventory-orders"), "{err}");
+    let (code, out, err) = run(&["schema", "retire", "orders.created", "v1"]).await;
+    assert!(code == 0 && out.contains("published as v2"), "{out}{err}");
+    let (_, out, _) = run(&["schema", "usage", "orders.created"]).await;
+    assert!(out.contains("retired"), "{out}");
+    let metrics = reqwest::get(format!("{}/metrics", process.order)).await.unwrap().text().await.unwrap();
+    for line in [r#"{event="orders.created",version="1"} 0"#, r#"{event="orders.created",version="2"} 1"#] {
+        assert!(metrics.contains(&format!("consign_event_version_published{line}")), "{metrics}");
+    }
+    let (_, out, _) = run(&["schema", "restore", "orders.created", "1"]).await;
+    assert!(out.contains("v1 and v2"), "{out}");
+    for (bad, said) in [
+        (["retire", "orders.created", "v9"], "no version 9"),
+        (["retire", "orders.confirmed", "v1"], "not published in several versions"),
+        (["retire", "orders.created", "one"], "they look like v1"),
+    ] {
+        let (code, _, err) = run(&[&["schema"][..], &bad].concat()).await;
+        assert!(code != 0 && err.contains(said), "{bad:?}: {err}");
+    }
+    let (code, _, err) = run(&["schema", "usage", "orders.nothing"]).await;
+    assert!(code == 1 && err.contains("orders.created"), "{err}");
+    process.kill().await;
+    // What is configured must be a version that there is.
+    let (code, _, err) = consign(&["config", "check", "--set", "order.publish.orders_created=[3]"]).await;
+    assert!(code == 2 && err.contains("order.publish.orders_created = [3]"), "{err}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn schemas_are_compared_and_checked_with_exit_codes_for_a_ci() {
     let dir = tempfile::tempdir().unwrap();
     let file = |name: &str, text: &str| {

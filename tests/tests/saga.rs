@@ -196,6 +196,10 @@ async fn an_event_for_an_unknown_order_is_retried_and_then_kept() {
     assert_eq!(actions, ["dead", "queued", "failed_again", "discarded"]);
 }
 
+fn euros(amount: i64) -> contracts::Money {
+    contracts::Money { amount, currency: "EUR".into() }
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_cancellation_that_comes_before_its_order_forbids_it() {
     let system = System::start().await;
@@ -206,11 +210,12 @@ async fn a_cancellation_that_comes_before_its_order_forbids_it() {
     let late = contracts::OrderCreated {
         order_id: early.order_id,
         customer_id: "ada".into(),
-        items: vec![contracts::OrderLine { product_id: "lamp".into(), quantity: 5, unit_price: 2500 }],
-        total: 12_500,
-        currency: "EUR".into(),
+        items: vec![contracts::OrderLine { product_id: "lamp".into(), quantity: 5, unit_price: euros(2500) }],
+        total: euros(12_500),
         deadline: system.now() + Duration::from_secs(900),
         payment_method: None,
+        shipping_address: None,
+        gift_note: None,
     };
     publish(&system, &late, "/services/order").await;
     system.settled().await;

@@ -18,28 +18,54 @@ pub fn all(root: &Path) -> Result<(), String> {
     for (version, sha256) in NATS {
         nats(&root.join("target/tools"), version, sha256)?;
     }
-    localstripe(root)?;
+    // A stand-in for Stripe's API, as PyPI ships it; `consign_tests::stripe` names the same.
+    python(root, "localstripe-1.15.10", "xtask/localstripe.txt")?;
+    // What the example in Python needs, and AsyncAPI's own parser; `tests/tests/interop.rs` names the same.
+    python(root, "python-example-1", "examples/python/requirements.txt")?;
+    asyncapi(root)?;
     postgres()
 }
 
-/// A stand-in for Stripe's API, as PyPI ships it; `consign_tests::stripe` names the same.
-const LOCALSTRIPE: &str = "1.15.10";
+/// Packages of Python's, by a list with their hashes.
+fn python(root: &Path, name: &str, requirements: &str) -> Result<(), String> {
+    once(root, name, |work| {
+        pip()?;
+        run(Command::new("python3")
+            .args(["-m", "pip", "install", "--quiet", "--require-hashes", "--target"])
+            .arg(work)
+            .arg("--requirement")
+            .arg(root.join(requirements)))
+    })
+}
 
-fn localstripe(root: &Path) -> Result<(), String> {
+/// Packages of npm's, by a lock file with their hashes.
+fn asyncapi(root: &Path) -> Result<(), String> {
+    once(root, "asyncapi-3.6.3", |work| {
+        if !succeeds(Command::new("npm").arg("--version")) {
+            apt(&["nodejs", "npm"])?;
+        }
+        let from = root.join("tests/asyncapi");
+        fs::create_dir_all(work).map_err(|e| format!("{}: {e}", work.display()))?;
+        for file in ["package.json", "package-lock.json", "check.mjs"] {
+            fs::copy(from.join(file), work.join(file)).map_err(|e| format!("{file}: {e}"))?;
+        }
+        run(Command::new("npm")
+            .args(["ci", "--silent", "--ignore-scripts", "--no-audit", "--no-fund"])
+            .current_dir(work))
+    })
+}
+
+/// Fills a folder below `target/tools`, unless it is there.
+fn once(root: &Path, name: &str, fill: impl FnOnce(&Path) -> Result<(), String>) -> Result<(), String> {
     let tools = root.join("target/tools");
-    let (installed, work) =
-        (tools.join(format!("localstripe-{LOCALSTRIPE}")), tools.join("download-localstripe"));
+    let (installed, work) = (tools.join(name), tools.join(format!("download-{name}")));
     if installed.exists() {
         return Ok(());
     }
-    println!("installing localstripe {LOCALSTRIPE}");
+    println!("installing {name}");
     let _ = fs::remove_dir_all(&work);
-    pip()?;
-    run(Command::new("python3")
-        .args(["-m", "pip", "install", "--quiet", "--require-hashes", "--target"])
-        .arg(&work)
-        .arg("--requirement")
-        .arg(root.join("xtask/localstripe.txt")))?;
+    fill(&work)?;
+    // Last, and at once: who finds it finds it whole.
     fs::rename(&work, &installed).map_err(|e| format!("{}: {e}", installed.display()))
 }
 

@@ -1,5 +1,6 @@
 //! What people run: `cargo xtask test`, `bench`, `schemas`, `tidy`.
 
+mod fuzz;
 mod install;
 
 use std::env;
@@ -21,7 +22,7 @@ struct Cli {
 enum Task {
     /// Format, lints, documentation and all tests.
     Test {
-        /// Install what tests need and is not there: nats-server under target/tools, PostgreSQL from the system's packages.
+        /// Install what tests need and is not there: under target/tools, PostgreSQL and Node.js from the system's packages.
         #[arg(long)]
         install: bool,
         /// All faults, also those that take minutes.
@@ -46,6 +47,15 @@ enum Task {
         #[arg(long)]
         release: bool,
     },
+    /// Throw what anybody may have published at every consumer. Needs a compiler for C++, for libFuzzer.
+    Fuzz {
+        /// So many times.
+        #[arg(long, default_value_t = 100_000)]
+        runs: u64,
+        /// Inputs of at most so many bytes. Short ones are tried faster; for the bounds on depth and values it takes long ones.
+        #[arg(long, default_value_t = 2048)]
+        max_len: usize,
+    },
     /// Format, and look for lints.
     Tidy,
 }
@@ -60,6 +70,8 @@ enum Bench {
     Backlog,
     /// What a circuit breaker costs a call.
     Breaker,
+    /// What it costs to look at an event before a handler sees it.
+    Schema,
     /// The services while the payment gateway fails every call for a minute.
     Outage,
     /// `consign up`: everything in one process.
@@ -82,6 +94,7 @@ fn main() -> ExitCode {
                 Some(Bench::Saga) => bench(&root, &["saga"]),
                 Some(Bench::Backlog) => bench(&root, &["backlog"]),
                 Some(Bench::Breaker) => bench(&root, &["breaker"]),
+                Some(Bench::Schema) => bench(&root, &["schema"]),
                 Some(Bench::Outage) => bench(&root, &["outage"]),
                 None => bench(&root, &[]),
             };
@@ -96,6 +109,7 @@ fn main() -> ExitCode {
             }
             cargo(&root, &args)
         }
+        Task::Fuzz { runs, max_len } => fuzz::run(&root, runs, max_len),
         Task::Tidy => cargo(&root, &["fmt", "--all"]).and_then(|()| {
             cargo(&root, &["clippy", "--workspace", "--all-targets", "--", "--deny", "warnings"])
         }),

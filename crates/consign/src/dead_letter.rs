@@ -18,6 +18,12 @@ use crate::{Lane, Timestamp};
 /// Redrives of one dead letter before it must be forced.
 pub const REDRIVE_LIMIT: u32 = 5;
 
+/// A message with more bytes is not copied to the stream of dead letters, only its row has it: escaped, it could be more than a server takes.
+const PROJECTED: usize = 64 * 1024;
+
+/// Characters of an error that are kept: it may tell of values that a hostile event has.
+const ERROR: usize = 4_000;
+
 /// Why an event became a dead letter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
@@ -225,6 +231,7 @@ fn payload_as_value(payload: &[u8]) -> Value {
 /// Records a dead letter, its event's claim and its projection. `false` if the event was dealt with before.
 pub(crate) async fn bury(tx: &mut Tx, b: &Burial<'_>) -> Result<bool, DbError> {
     let now = tx.now();
+    let error: String = b.error.chars().take(ERROR).collect();
     let event_id = b.envelope.map(|e| e.id);
     let message = &b.stored.message;
     if let Some(event_id) = event_id {
@@ -264,7 +271,7 @@ pub(crate) async fn bury(tx: &mut Tx, b: &Burial<'_>) -> Result<bool, DbError> {
         .bind(Json(message.headers.clone()))
         .bind(message.payload.clone())
         .bind(b.reason.as_str())
-        .bind(b.error)
+        .bind(error.as_str())
         .bind(b.attempts)
         .bind(b.stored.stored_at)
         .bind(now)
@@ -274,11 +281,17 @@ pub(crate) async fn bury(tx: &mut Tx, b: &Burial<'_>) -> Result<bool, DbError> {
         return Ok(false);
     }
     audit(tx, id, "dead", b.reason.as_str()).await?;
-    let body = json!({
-        "id": id, "consumer": b.consumer, "reason": b.reason, "error": b.error, "attempts": b.attempts,
-        "origin": {"stream": b.stream, "sequence": b.stored.sequence, "subject": message.subject},
-        "headers": message.headers, "payload": payload_as_value(&message.payload), "dead_at": now,
+    let mut body = json!({
+        "id": id, "consumer": b.consumer, "reason": b.reason, "error": error, "attempts": b.attempts,
+        "origin": {"stream": b.stream, "sequence": b.stored.sequence, "subject": message.subject}, "dead_at": now,
     });
+    let headers: usize = message.headers.iter().map(|(name, value)| name.len() + value.len()).sum();
+    if headers + message.payload.len() <= PROJECTED {
+        body["headers"] = json!(message.headers);
+        body["payload"] = payload_as_value(&message.payload);
+    } else {
+        body["left_out"] = json!({"headers_bytes": headers, "payload_bytes": message.payload.len()});
+    }
     let service = tx.db().service().to_owned();
     tx.emit_raw(Recorded {
         event_id: id,

@@ -135,6 +135,13 @@ impl FromStr for Lane {
     }
 }
 
+/// Versions of one event that can be published side by side.
+const MAX_SIBLINGS: usize = 16;
+/// Headers that an event may have, those of other systems included.
+const MAX_HEADERS: usize = 128;
+/// Bytes of one attribute.
+const MAX_ATTRIBUTE: usize = 1024;
+
 /// What an event follows from: handed on from request to event, and from event to event.
 #[derive(Clone, Debug)]
 pub struct Cause {
@@ -193,6 +200,9 @@ pub enum EnvelopeError {
         /// Its name without `ce-`.
         attribute: &'static str,
     },
+    /// More headers than an event may have.
+    #[error("it has {0} headers; {MAX_HEADERS} are allowed")]
+    TooManyHeaders(usize),
     /// An attribute is there but cannot be read.
     #[error("header `ce-{attribute}` is malformed")]
     Malformed {
@@ -251,12 +261,18 @@ impl Envelope {
         Message { subject, msg_id: Some(format!("{}:v{}", self.id, self.version)), headers, payload }
     }
 
-    /// Reads the attributes of a message.
+    /// Reads the attributes of a message. Those that are not CloudEvents' own may be left out, as stock clients do: the correlation id is the
+    /// event's id then, the aggregate's version 1, the lane the standard one.
     pub fn from_message(message: &Message) -> Result<Self, EnvelopeError> {
-        let get = |attribute: &'static str, header: &str| {
-            message.header(header).ok_or(EnvelopeError::Missing { attribute })
-        };
+        if message.headers.len() > MAX_HEADERS {
+            return Err(EnvelopeError::TooManyHeaders(message.headers.len()));
+        }
         let malformed = |attribute| EnvelopeError::Malformed { attribute };
+        let get = |attribute: &'static str, header: &str| match message.header(header) {
+            Some(text) if text.len() > MAX_ATTRIBUTE => Err(malformed(attribute)),
+            Some(text) => Ok(text),
+            None => Err(EnvelopeError::Missing { attribute }),
+        };
         if get("specversion", "ce-specversion")? != "1.0" {
             return Err(malformed("specversion"));
         }
@@ -267,27 +283,36 @@ impl Envelope {
             Some(text) => Some(text.parse().map_err(|_| malformed("causationid"))?),
             None => None,
         };
-        let siblings = match message.header("ce-siblings") {
-            Some(text) => text.split(',').map(str::parse).collect::<Result<_, _>>(),
+        let siblings: Result<Vec<u32>, _> = match message.header("ce-siblings") {
+            Some(text) if text.split(',').count() > MAX_SIBLINGS => return Err(malformed("siblings")),
+            Some(text) => text.split(',').map(str::parse).collect(),
             None => Ok(Vec::new()),
+        };
+        let id: EventId = get("id", "ce-id")?.parse().map_err(|_| malformed("id"))?;
+        let correlation_id = match message.header("ce-correlationid") {
+            Some(text) => text.parse().map_err(|_| malformed("correlationid"))?,
+            None => CorrelationId(id.to_string()),
+        };
+        let aggregate_version = match message.header("ce-aggregateversion") {
+            Some(text) => text.parse().map_err(|_| malformed("aggregateversion"))?,
+            None => 1,
         };
         Ok(Self {
             siblings: siblings.map_err(|_| malformed("siblings"))?,
-            id: get("id", "ce-id")?.parse().map_err(|_| malformed("id"))?,
+            id,
             event_type: event_type.to_owned().into(),
             version,
             source: get("source", "ce-source")?.to_owned().into(),
             aggregate_id: get("subject", "ce-subject")?.to_owned(),
-            aggregate_version: get("aggregateversion", "ce-aggregateversion")?
-                .parse()
-                .map_err(|_| malformed("aggregateversion"))?,
+            aggregate_version,
             time: get("time", "ce-time")?.parse().map_err(|_| malformed("time"))?,
             cause: Cause {
-                correlation_id: get("correlationid", "ce-correlationid")?
-                    .parse()
-                    .map_err(|_| malformed("correlationid"))?,
+                correlation_id,
                 causation_id,
-                traceparent: message.header("traceparent").map(str::to_owned),
+                traceparent: message
+                    .header("traceparent")
+                    .filter(|text| text.len() <= MAX_ATTRIBUTE)
+                    .map(str::to_owned),
             },
             lane: message.header("ce-lane").map_or(Ok(Lane::Standard), str::parse)?,
         })
@@ -329,6 +354,24 @@ mod tests {
         message.headers.retain(|(name, _)| name != "ce-id");
         let e = Envelope::from_message(&message).unwrap_err();
         assert!(e.to_string().contains("ce-id"), "{e}");
+    }
+
+    #[test]
+    fn a_stock_clients_event_is_read() {
+        let mut message = envelope().into_message(None, Bytes::new());
+        let ours = ["ce-aggregateversion", "ce-correlationid", "ce-lane", "ce-siblings", "ce-causationid"];
+        message.headers.retain(|(name, _)| !ours.contains(&name.as_str()));
+        let read = Envelope::from_message(&message).unwrap();
+        assert_eq!(read.cause.correlation_id.as_str(), read.id.to_string());
+        assert_eq!((read.aggregate_version, read.lane), (1, Lane::Standard));
+    }
+
+    #[test]
+    fn more_siblings_than_there_can_be_are_refused() {
+        let mut message = envelope().into_message(None, Bytes::new());
+        message.headers.retain(|(name, _)| name != "ce-siblings");
+        message.headers.push(("ce-siblings".into(), "1,".repeat(5_000) + "1"));
+        assert!(Envelope::from_message(&message).unwrap_err().to_string().contains("siblings"));
     }
 
     #[test]

@@ -1,7 +1,9 @@
 //! Which events a consumer has dealt with: the guarantee that each takes effect once.
 
+use std::collections::HashSet;
+
 use crate::EventId;
-use crate::db::{DbError, Tx};
+use crate::db::{Db, DbError, Tx};
 
 /// Claims events for a consumer in the transaction; the ids that were new, in one statement however many.
 ///
@@ -24,4 +26,21 @@ pub(crate) async fn claim(
         .fetch_all()
         .await?;
     claimed.iter().map(|row| row.get("event_id")).collect()
+}
+
+/// Which of these events have come to a consumer: dealt with, or failed and to be tried again.
+pub(crate) async fn come(db: &Db, consumer: &str, ids: &[EventId]) -> Result<HashSet<EventId>, DbError> {
+    if ids.is_empty() {
+        return Ok(HashSet::new());
+    }
+    let rows = db
+        .query(
+            "SELECT event_id FROM inbox WHERE consumer = $1 AND event_id IN (SELECT id FROM {$2: id})
+             UNION SELECT event_id FROM failures WHERE consumer = $1 AND event_id IN (SELECT id FROM {$2: id})",
+        )
+        .bind(consumer)
+        .rows(ids.iter().map(|id| (*id,)))
+        .fetch_all()
+        .await?;
+    rows.iter().map(|row| row.get("event_id")).collect()
 }

@@ -77,6 +77,7 @@ pub mod telemetry;
 #[cfg(feature = "testing")]
 pub mod testing;
 mod time;
+pub mod versions;
 
 pub use consumer::{Consumer, ConsumerOptions};
 pub use db::{Db, DbError, Migration, Tx};

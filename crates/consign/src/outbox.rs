@@ -22,6 +22,7 @@ use crate::broker::{Broker, Message, PubAck, PublishError};
 use crate::db::{Db, DbError, Row, Tx, TxState};
 use crate::event::{Cause, Envelope, Event, EventId, Lane};
 use crate::retry::Backoff;
+use crate::schema::bounds::{self, OutOfBounds};
 use crate::schema::{self, CompiledSchema, SchemaViolation};
 use crate::{Timestamp, telemetry};
 
@@ -103,11 +104,11 @@ impl<E: Event> Emission<E> {
         self
     }
 
-    /// Publishes only these of its versions, as configuration says: `[1]` before a change, `[1, 2]` while it is under way, `[2]` after it.
-    /// Without this, all that there are.
+    /// Publishes only these of its versions: `[1]` before a change, `[1, 2]` while it is under way, `[2]` after it. Without this, all that
+    /// there are. [`Published`](crate::versions::Published) says which those are, from configuration and from who still reads what.
     #[must_use]
-    pub fn versions(self, versions: &[u32]) -> Self {
-        Self { versions: Some(versions.to_vec()), ..self }
+    pub fn versions(self, versions: impl AsRef<[u32]>) -> Self {
+        Self { versions: Some(versions.as_ref().to_vec()), ..self }
     }
 
     /// On which lane it travels.
@@ -138,6 +139,9 @@ pub enum EmitError {
     /// It cannot be written as JSON.
     #[error("the event cannot be written as JSON")]
     Json(#[from] serde_json::Error),
+    /// It is larger than an event may be.
+    #[error("the event is too large: {0}")]
+    TooLarge(#[from] OutOfBounds),
     /// None of the versions to be published is one it has.
     #[error("{event} is to be published in versions {wanted:?}, and has none of them")]
     NoVersion {
@@ -174,13 +178,15 @@ pub(crate) fn record<E: Event>(
 ) -> Result<Vec<Recorded>, EmitError> {
     let id = Uuid::now_v7();
     let mut all = Vec::with_capacity(1 + emission.older.len());
+    all.push((E::VERSION, schema::of::<E>(), serde_json::to_value(&emission.event)?));
     for older in emission.older {
         if older.event_type != E::TYPE {
             return Err(EmitError::OtherType { event: E::TYPE, other: older.event_type });
         }
         all.push((older.version, older.schema, older.value?));
     }
-    all.push((E::VERSION, schema::of::<E>(), serde_json::to_value(&emission.event)?));
+    // The highest first: who reads several finds the one that takes effect before the others.
+    all.sort_unstable_by_key(|(version, ..)| std::cmp::Reverse(*version));
     if let Some(wanted) = emission.versions {
         all.retain(|(version, ..)| wanted.contains(version));
         if all.is_empty() {
@@ -205,6 +211,7 @@ pub(crate) fn record<E: Event>(
             siblings: siblings.clone(),
         };
         let payload = Bytes::from(serde_json::to_vec(&value)?);
+        bounds::check(&payload)?;
         let message = envelope.into_message(emission.key.as_deref(), payload);
         Ok(Recorded { event_id: id, lane: emission.lane, message, created_at: now })
     };

@@ -32,14 +32,15 @@ impl RetryPolicy {
     }
 }
 
-/// Exponential backoff with full jitter over a floor: a random time between `base` and `base · 2^(n+1)`, at most `cap`.
+/// Exponential backoff with equal jitter: a random time between `base · 2^n` and `base · 2^(n+1)`, at most `cap`.
 ///
-/// Full jitter keeps retries of many clients apart
-/// (<https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/>); the floor keeps a run of small numbers from
-/// using up every attempt within milliseconds.
+/// The random half keeps retries of many clients apart; the other half makes sure of the time that a limited number of attempts lasts
+/// (<https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/>): what comes late, such as the event that this one waits for,
+/// gets it whatever the dice say.
 pub(crate) fn delay(base: Duration, cap: Duration, n: u32) -> Duration {
     let ceiling = base.saturating_mul(2u32.saturating_pow(n.min(20) + 1)).min(cap).max(base);
-    base + ceiling.saturating_sub(base).mul_f64(rand::rng().random::<f64>())
+    let floor = (ceiling / 2).max(base);
+    floor + (ceiling - floor).mul_f64(rand::rng().random::<f64>())
 }
 
 /// Waits of a loop that tries again until it works.
@@ -77,5 +78,17 @@ mod tests {
         assert!(delays.iter().all(|d| (policy.base..=policy.cap).contains(d)));
         let distinct: std::collections::HashSet<_> = delays.iter().collect();
         assert!(distinct.len() > 100, "jitter must spread retries");
+    }
+
+    #[test]
+    fn what_comes_in_the_wrong_order_has_seven_seconds_whatever_the_dice_say() {
+        let policy = RetryPolicy::default();
+        for _ in 0..1000 {
+            let patience: Duration = (1..policy.limit).map(|failures| policy.delay(failures)).sum();
+            assert!(
+                (Duration::from_millis(7_500)..=Duration::from_secs(15)).contains(&patience),
+                "{patience:?}"
+            );
+        }
     }
 }

@@ -31,10 +31,13 @@ use crate::http::{Edge, guard, method_not_allowed, not_found, ops_router};
 use crate::reconcile::{self, Scope};
 use crate::retry::Backoff;
 use crate::tasks::{TaskHandler, TaskOptions};
+use crate::versions::{self, Published};
 use crate::{Lane, advisories, dead_letter, outbox, tasks, telemetry};
 
 /// How often gauges are measured and old rows looked for.
 const HOUSEKEEPING: Duration = Duration::from_secs(30);
+/// Replicas that ended without a word are forgotten after this.
+const READERS_KEPT: Duration = Duration::from_secs(24 * 3600);
 /// Rows pruned per transaction.
 const PRUNE_STEP: u64 = 1000;
 
@@ -137,6 +140,11 @@ impl Topology {
         Scope { streams: self.streams.clone(), consumers }
     }
 
+    /// The consumers that it runs.
+    pub fn consumers(&self) -> &[ReadyConsumer] {
+        &self.consumers
+    }
+
     /// Stream and durable of both lanes of each consumer.
     fn durables(&self) -> Vec<(String, String)> {
         let lanes = |c: &ReadyConsumer| {
@@ -156,6 +164,7 @@ pub struct Service {
     prunes: Vec<Prune>,
     routers: Vec<MakeRouter>,
     breakers: Vec<Breaker>,
+    published: Vec<Published>,
     description: &'static str,
 }
 
@@ -191,6 +200,7 @@ impl Service {
                         (SELECT operation, key FROM idempotency WHERE created_at < $1 ORDER BY created_at LIMIT 1000 {skip})",
                 config.http.idempotency_retention,
             ),
+            Prune::new("DELETE FROM readers WHERE seen_at < $1", READERS_KEPT),
         ];
         Self {
             config,
@@ -201,6 +211,7 @@ impl Service {
             prunes,
             routers: Vec::new(),
             breakers: Vec::new(),
+            published: Vec::new(),
             description,
         }
     }
@@ -281,6 +292,13 @@ impl Service {
         self
     }
 
+    /// Publishes an event in several versions: looks every few seconds which of them are needed.
+    #[must_use]
+    pub fn publishes(mut self, event: &Published) -> Self {
+        self.published.push(event.clone());
+        self
+    }
+
     /// Answers HTTP. The router is made at start, in one go with its description: aide gathers schemas per thread.
     #[must_use]
     pub fn http(mut self, router: impl FnOnce() -> ApiRouter + Send + 'static) -> Self {
@@ -323,6 +341,9 @@ impl Service {
                 self.db.set_incarnation(&stream.name, &info.incarnation);
             }
         }
+        // Before the first event is emitted: until then, all versions are published.
+        versions::look(&self.db, self.broker.as_ref(), &self.published).await;
+        let consumed = self.topology.consumers.iter().flat_map(versions::Consumed::of).collect();
         let mut breakers: Vec<Breaker> = self
             .topology
             .consumers
@@ -335,6 +356,8 @@ impl Service {
         let vitals = Arc::new(Vitals {
             scope: scope.clone(),
             breakers,
+            published: self.published.clone(),
+            consumed,
             db: self.db.clone(),
             broker: Arc::clone(&self.broker),
             consumers: self.topology.durables(),
@@ -351,6 +374,12 @@ impl Service {
             Arc::clone(&self.broker),
             scope,
             known,
+            stops.work.clone(),
+        ));
+        work.spawn(versions::keep(
+            self.db.clone(),
+            Arc::clone(&self.broker),
+            self.published,
             stops.work.clone(),
         ));
         let given_up = self.topology.durables();
@@ -516,6 +545,8 @@ pub(crate) struct Vitals {
     pub(crate) broker: Arc<dyn Broker>,
     pub(crate) scope: Scope,
     pub(crate) breakers: Vec<Breaker>,
+    pub(crate) published: Vec<Published>,
+    pub(crate) consumed: Vec<versions::Consumed>,
     consumers: Vec<(String, String)>,
     outbox_cap: u64,
     stopping: AtomicBool,

@@ -229,12 +229,15 @@ async fn what_is_declared_is_changed_in_place_or_refused() {
     // Narrowing it would pass over what is pending.
     let narrow = ConsumerConfig::new("c", vec!["s.a.>".into()]);
     let refused = broker.apply_consumer("S", &narrow).await;
-    assert!(matches!(&refused, Err(BrokerError::Config(why)) if why.contains("pending")), "{refused:?}");
+    assert!(
+        matches!(&refused, Err(BrokerError::PassesOver { what, .. }) if what.contains("s.b.1")),
+        "{refused:?}"
+    );
     let got = broker.fetch("S", "c", 1, Duration::from_secs(5)).await.unwrap();
     broker.settle("S", "c", vec![(got[0].reply.clone(), Settlement::Ack)]).await.unwrap();
     let started = Instant::now();
     while broker.apply_consumer("S", &narrow).await.is_err() {
-        assert!(started.elapsed() < Duration::from_secs(5), "with nothing pending it may be narrowed");
+        assert!(started.elapsed() < Duration::from_secs(5), "with all settled it may be narrowed");
     }
     assert_eq!(broker.consumer_drift("S", &narrow).await.unwrap(), Drift::None);
     // Widening is always possible, and so is more patience.
@@ -266,5 +269,46 @@ async fn closing_gives_back_what_was_fetched_ahead() {
             .await
             .unwrap();
         seen += got.len();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn closing_gives_back_what_was_fetched_ahead_while_more_and_more_comes() {
+    const CONSUMERS: usize = 8;
+    let nats = server("");
+    let broker = NatsBroker::connect(&nats.config(), "leaves").await.unwrap();
+    broker.ensure_stream(&StreamConfig::new("S", &["s.>"])).await.unwrap();
+    let durable = |n: usize| format!("c{n}");
+    for n in 0..CONSUMERS {
+        broker.ensure_consumer("S", &ConsumerConfig::new(&durable(n), Vec::new())).await.unwrap();
+        // One at least, and the request for the others stays open.
+        broker.publish(vec![message("s.a", &format!("first {n}"))]).await.remove(0).unwrap();
+        let got = broker.fetch("S", &durable(n), 256, Duration::from_secs(5)).await.unwrap();
+        let acks = got.iter().map(|d| (d.reply.clone(), Settlement::Ack)).collect();
+        broker.settle("S", &durable(n), acks).await.unwrap();
+    }
+    let other = NatsBroker::connect(&nats.config(), "stays").await.unwrap();
+    let steady = async {
+        for n in 0.. {
+            other.publish(vec![message("s.a", &n.to_string())]).await.remove(0).unwrap();
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::select! {
+        () = steady => {}
+        () = broker.close(Duration::from_secs(4)) => {}
+    }
+    drop(broker);
+    // Well before AckWait, which is 30 s.
+    let all = other.stream_info("S").await.unwrap().messages;
+    let deadline = Instant::now() + Duration::from_secs(15);
+    for n in 0..CONSUMERS {
+        while other.consumer_info("S", &durable(n)).await.unwrap().ack_floor < all {
+            let got = other.fetch("S", &durable(n), 256, Duration::from_millis(500)).await.unwrap();
+            let acks = got.iter().map(|d| (d.reply.clone(), Settlement::Ack)).collect();
+            other.settle("S", &durable(n), acks).await.unwrap();
+            let info = other.consumer_info("S", &durable(n)).await.unwrap();
+            assert!(Instant::now() < deadline, "{n}: {info:?} of {all}");
+        }
     }
 }

@@ -293,11 +293,15 @@ mod tests {
         format!("p{i}")
     }
 
+    fn cent() -> contracts::Money {
+        contracts::Money { amount: 1, currency: "EUR".into() }
+    }
+
     fn order_lines() -> impl Strategy<Value = Vec<Vec<OrderLine>>> {
         let line = (0..3usize, 1..15u32).prop_map(|(p, quantity)| OrderLine {
             product_id: product(p),
             quantity,
-            unit_price: 1,
+            unit_price: cent(),
         });
         prop::collection::vec(prop::collection::vec(line, 1..4), 6)
     }
@@ -351,7 +355,7 @@ mod tests {
     fn all_lines_or_none() {
         let mut shelf =
             Shelf::from([("a".into(), Stock::stored(5, 0, 0)), ("b".into(), Stock::stored(1, 0, 0))]);
-        let line = |id: &str, quantity| OrderLine { product_id: id.into(), quantity, unit_price: 1 };
+        let line = |id: &str, quantity| OrderLine { product_id: id.into(), quantity, unit_price: cent() };
         let lines = Lines::of(&[line("a", 2), line("b", 2), line("c", 1)]);
         let Outcome::Short(shortages) = created(&mut shelf, None, &lines) else { panic!("must fall short") };
         assert_eq!(shortages.iter().map(|s| s.product_id.as_str()).collect::<Vec<_>>(), ["b", "c"]);
@@ -361,7 +365,7 @@ mod tests {
     #[test]
     fn a_cancellation_before_its_order_forbids_it() {
         let mut shelf = Shelf::from([("a".into(), Stock::stored(5, 0, 0))]);
-        let lines = Lines::of(&[OrderLine { product_id: "a".into(), quantity: 1, unit_price: 1 }]);
+        let lines = Lines::of(&[OrderLine { product_id: "a".into(), quantity: 1, unit_price: cent() }]);
         let Ok(Outcome::Now(state)) = cancelled(&mut shelf, None, &Lines::default()) else { panic!() };
         assert_eq!(created(&mut shelf, Some(state), &lines), Outcome::Unchanged);
         assert_eq!(shelf["a"].available(), 5);

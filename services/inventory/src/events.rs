@@ -2,11 +2,13 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
+use axum::extract::State;
 use consign::handler::Item;
+use consign::versions::Published;
 use consign::{Batch, Consumer, ConsumerOptions, DbError, Emission, Failure, Timestamp, Tx};
 use contracts::{
-    OrderCancelled, OrderConfirmed, OrderCreated, OrderDeadlineExtended, OrderRefunded, StockRejected,
-    StockReserved, streams,
+    OrderCancelled, OrderConfirmed, OrderCreated, OrderCreatedV1, OrderDeadlineExtended, OrderRefunded,
+    StockRejected, StockReserved, StockReservedV1, streams,
 };
 use uuid::Uuid;
 
@@ -14,10 +16,11 @@ use crate::domain::{self, Lines, Misfit, Outcome, Reservation, Shelf};
 use crate::store::{self, ReservationRow};
 
 /// Inventory's one consumer.
-pub fn orders(options: ConsumerOptions) -> Consumer<()> {
+pub fn orders(options: ConsumerOptions) -> Consumer<Published> {
     Consumer::new("inventory-orders", streams::ORDERS)
         .options(options)
         .on(created)
+        .upcast(|old: OrderCreatedV1| OrderCreated::from(old))
         .on(cancelled)
         .on(confirmed)
         .on(deadline_extended)
@@ -87,7 +90,12 @@ impl Ledger {
     }
 }
 
-async fn created(Batch(orders): Batch<OrderCreated>, mut tx: Tx) -> Result<(), Failure> {
+async fn created(
+    Batch(orders): Batch<OrderCreated>,
+    State(reserved): State<Published>,
+    mut tx: Tx,
+) -> Result<(), Failure> {
+    let versions = reserved.now();
     let ids: Vec<Uuid> = orders.iter().map(|o| o.order_id).collect();
     let lines: Vec<Lines> = orders.iter().map(|o| Lines::of(&o.items)).collect();
     let mut ledger = Ledger::load(&mut tx, &ids, &lines).await?;
@@ -102,13 +110,16 @@ async fn created(Batch(orders): Batch<OrderCreated>, mut tx: Tx) -> Result<(), F
                 ledger.set(id, order, to, lines, Some(order.deadline));
                 let event = StockReserved {
                     order_id: order.order_id,
-                    amount: order.total,
-                    currency: order.currency.clone(),
+                    total: order.total.clone(),
                     expires_at: order.deadline,
                     payment_method: order.payment_method.clone(),
                 };
-                tx.emit(Emission::new(event, id.to_string(), 1).lane(lane).caused_by(cause))
-                    .map_err(|e| Failure::from(e).of(&order.envelope))?;
+                let emission = Emission::new(event, id.to_string(), 1)
+                    .also(|new| StockReservedV1::from(new))
+                    .versions(&versions)
+                    .lane(lane)
+                    .caused_by(cause);
+                tx.emit(emission).map_err(|e| Failure::from(e).of(&order.envelope))?;
             }
             Outcome::Short(shortages) => {
                 ledger.set(id, order, Reservation::Rejected, lines, None);

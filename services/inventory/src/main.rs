@@ -6,7 +6,7 @@ use std::process::ExitCode;
 async fn main() -> ExitCode {
     consign::process::main(
         inventory::NAME,
-        |c: &mut inventory::Config| &mut c.0.http,
+        |c: &mut inventory::Config| &mut c.http,
         inventory::Config::check,
         async |config, setup| {
             let db = inventory::open(setup.storage(), setup.clock).await?;

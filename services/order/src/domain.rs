@@ -3,7 +3,9 @@
 use std::collections::HashMap;
 
 use consign::Timestamp;
-use contracts::{CancelReason, MAX_AMOUNT, OrderLine};
+use contracts::{Address, CancelReason, MAX_AMOUNT, Money, OrderCreated, OrderLine};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use uuid::Uuid;
 
@@ -134,11 +136,22 @@ pub struct Wanted {
     pub quantity: u32,
 }
 
+/// One product of an order, at the price fixed at acceptance.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Line {
+    /// Which product.
+    pub product_id: String,
+    /// How many.
+    pub quantity: u32,
+    /// Price of one, in minor units of the order's currency.
+    pub unit_price: i64,
+}
+
 /// Lines with their prices, and the total.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Priced {
     /// The lines.
-    pub items: Vec<OrderLine>,
+    pub items: Vec<Line>,
     /// Their sum, in minor units.
     pub total: i64,
     /// Of all lines.
@@ -212,7 +225,7 @@ pub fn price(wanted: &[Wanted], prices: &HashMap<String, Price>) -> Result<Price
             Some(sum) => priced.total = sum,
             None => faults.push(PriceFault::TooExpensive { line }),
         }
-        priced.items.push(OrderLine {
+        priced.items.push(Line {
             product_id: w.product_id.clone(),
             quantity: w.quantity,
             unit_price: p.amount,
@@ -231,9 +244,11 @@ pub struct Order {
     pub lane: consign::Lane,
     pub currency: String,
     pub total: i64,
-    pub items: Vec<OrderLine>,
+    pub items: Vec<Line>,
     pub payment_id: Option<Uuid>,
     pub payment_method: Option<String>,
+    pub shipping_address: Option<Address>,
+    pub gift_note: Option<String>,
     pub refunding: i64,
     pub refunded: i64,
     pub correlation_id: String,
@@ -241,6 +256,28 @@ pub struct Order {
     pub created_at: Timestamp,
     pub updated_at: Timestamp,
     pub deadline: Timestamp,
+}
+
+impl Order {
+    /// What others are told when it is accepted.
+    pub fn created(&self) -> OrderCreated {
+        let money = |amount| Money { amount, currency: self.currency.clone() };
+        let line = |l: &Line| OrderLine {
+            product_id: l.product_id.clone(),
+            quantity: l.quantity,
+            unit_price: money(l.unit_price),
+        };
+        OrderCreated {
+            order_id: self.id,
+            customer_id: self.customer_id.clone(),
+            items: self.items.iter().map(line).collect(),
+            total: money(self.total),
+            deadline: self.deadline,
+            payment_method: self.payment_method.clone(),
+            shipping_address: self.shipping_address.clone(),
+            gift_note: self.gift_note.clone(),
+        }
+    }
 }
 
 #[cfg(test)]

@@ -12,14 +12,14 @@ use consign::http::idempotency::{self, fingerprint, key_reused};
 use consign::http::{Admin, Body, Correlation, Id, IdempotencyKey, Params, Problem};
 use consign::schema::Fault;
 use consign::{Db, Emission, EventId, Lane, Timestamp};
-use contracts::{OrderLine, OrderRefundRequested, ReturnedLine, is_payment_method, is_product_id};
+use contracts::{Address, OrderRefundRequested, ReturnedLine, WantedLine};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::accept::{Acceptor, Answer, Request};
-use crate::domain::{Decision, Input, Order, Status, Wanted};
+use crate::domain::{Decision, Input, Line, Order, Status, Wanted};
 use crate::refunds::{self, Progress, RefundFault};
 use crate::saga::{self, Advanced, Step};
 use crate::store::{self, Entry};
@@ -77,13 +77,17 @@ pub struct OrderView {
     #[serde(skip_serializing_if = "Option::is_none")]
     reason: Option<String>,
     lane: Lane,
-    items: Vec<OrderLine>,
+    items: Vec<Line>,
     /// In minor units.
     total: i64,
     /// ISO 4217.
     currency: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     payment_id: Option<Uuid>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    shipping_address: Option<Address>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    gift_note: Option<String>,
     /// Of the total, in minor units, what was given back.
     refunded: i64,
     /// Of the total, in minor units, what is being given back.
@@ -107,6 +111,8 @@ impl From<Order> for OrderView {
             total: o.total,
             currency: o.currency,
             payment_id: o.payment_id,
+            shipping_address: o.shipping_address,
+            gift_note: o.gift_note,
             refunded: o.refunded,
             refunding: o.refunding,
             correlation_id: o.correlation_id,
@@ -124,7 +130,7 @@ struct PlaceOrder {
     #[schemars(length(min = 1, max = 64))]
     customer_id: String,
     #[schemars(length(min = 1, max = 100))]
-    items: Vec<PlaceLine>,
+    items: Vec<WantedLine>,
     /// `standard` if left out.
     #[serde(default)]
     lane: Lane,
@@ -132,35 +138,13 @@ struct PlaceOrder {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 255))]
     payment_method: Option<String>,
-}
-
-#[derive(Debug, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-struct PlaceLine {
-    #[schemars(length(min = 1, max = 64))]
-    product_id: String,
-    #[schemars(range(min = 1, max = 10_000))]
-    quantity: u32,
-}
-
-impl PlaceOrder {
-    fn faults(&self) -> Vec<Fault> {
-        let mut faults = Vec::new();
-        let detail = || "1 to 64 of A-Z, a-z, 0-9, '_' and '-'".to_owned();
-        if !is_product_id(&self.customer_id) {
-            faults.push(Fault { pointer: "/customer_id".into(), detail: detail() });
-        }
-        if self.payment_method.as_deref().is_some_and(|m| !is_payment_method(m)) {
-            let detail = "the payment gateway's token, 1 to 255 of A-Z, a-z, 0-9, '_' and '-'; a card number must never come here";
-            faults.push(Fault { pointer: "/payment_method".into(), detail: detail.into() });
-        }
-        for (i, item) in self.items.iter().enumerate() {
-            if !is_product_id(&item.product_id) {
-                faults.push(Fault { pointer: format!("/items/{i}/product_id"), detail: detail() });
-            }
-        }
-        faults
-    }
+    /// Where it is sent to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    shipping_address: Option<Address>,
+    /// A few words that come along with it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 500))]
+    gift_note: Option<String>,
 }
 
 async fn place(
@@ -169,13 +153,6 @@ async fn place(
     IdempotencyKey(key): IdempotencyKey,
     Body(order): Body<PlaceOrder>,
 ) -> Result<Response, Problem> {
-    let faults = order.faults();
-    if !faults.is_empty() {
-        return Err(Problem::unprocessable("the order cannot be taken", faults));
-    }
-    if app.db.outbox_depth() >= app.limit.0 {
-        return Err(Problem::unavailable("the broker is away and the outbox is full; try again later", 5));
-    }
     let key = match key {
         Some(key) => {
             let body = serde_json::to_value(&order).map_err(|e| Problem::internal(&e))?;
@@ -191,9 +168,18 @@ async fn place(
         wanted,
         lane: order.lane,
         payment_method: order.payment_method,
+        shipping_address: order.shipping_address,
+        gift_note: order.gift_note,
         key,
         cause,
     };
+    let faults = request.faults();
+    if !faults.is_empty() {
+        return Err(Problem::unprocessable("the order cannot be taken", faults));
+    }
+    if app.db.outbox_depth() >= app.limit.0 {
+        return Err(Problem::unavailable("the broker is away and the outbox is full; try again later", 5));
+    }
     match app.acceptor.run(request).await? {
         Answer::Accepted { id, body } => {
             let mut response = (StatusCode::ACCEPTED, body).into_response();

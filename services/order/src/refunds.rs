@@ -132,14 +132,14 @@ pub fn plan(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::domain::Line;
     use consign::Lane;
-    use contracts::OrderLine;
     use proptest::prelude::*;
 
     fn order(items: Vec<(usize, u32, i64)>) -> Order {
-        let items: Vec<OrderLine> = items
+        let items: Vec<Line> = items
             .into_iter()
-            .map(|(p, quantity, unit_price)| OrderLine { product_id: format!("p{p}"), quantity, unit_price })
+            .map(|(p, quantity, unit_price)| Line { product_id: format!("p{p}"), quantity, unit_price })
             .collect();
         let at = Timestamp::from_millis(0);
         Order {
@@ -153,6 +153,8 @@ mod tests {
             items,
             payment_id: None,
             payment_method: None,
+            shipping_address: None,
+            gift_note: None,
             refunding: 0,
             refunded: 0,
             correlation_id: "c".into(),

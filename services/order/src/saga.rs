@@ -7,7 +7,7 @@ use consign::{Batch, Consumer, ConsumerOptions, DbError, Emission, EventId, Fail
 use contracts::{
     GatewayUnavailable, OrderCancelled, OrderConfirmed, OrderDeadlineExtended, OrderRefunded, PaymentFailed,
     PaymentRefundRejected, PaymentRefunded, PaymentSucceeded, ProductChanged, StockRejected, StockReserved,
-    streams,
+    StockReservedV1, streams,
 };
 use uuid::Uuid;
 
@@ -18,7 +18,11 @@ use crate::store::{self, Entry};
 
 /// What inventory says about orders.
 pub fn inventory(options: ConsumerOptions) -> Consumer<()> {
-    Consumer::new("order-inventory", streams::INVENTORY).options(options).on(reserved).on(rejected)
+    Consumer::new("order-inventory", streams::INVENTORY)
+        .options(options)
+        .on(reserved)
+        .upcast(|old: StockReservedV1| StockReserved::from(old))
+        .on(rejected)
 }
 
 /// What payment says about orders.

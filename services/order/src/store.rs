@@ -22,6 +22,8 @@ fn order(row: &Row) -> Result<Order, DbError> {
         items: row.get::<Json<_>>("items")?.0,
         payment_id: row.get("payment_id")?,
         payment_method: row.get("payment_method")?,
+        shipping_address: row.get::<Option<Json<_>>>("shipping_address")?.map(|json| json.0),
+        gift_note: row.get("gift_note")?,
         refunding: row.get("refunding")?,
         refunded: row.get("refunded")?,
         correlation_id: row.get("correlation_id")?,
@@ -48,14 +50,17 @@ pub async fn insert(tx: &mut Tx, orders: &[Order]) -> Result<(), DbError> {
             o.created_at,
             o.deadline,
             o.payment_method.as_deref(),
+            o.shipping_address.clone().map(Json),
+            o.gift_note.as_deref(),
         )
     });
     tx.query(
         "INSERT INTO orders (id, customer_id, status, lane, currency, total, items, correlation_id, version, created_at,
-             updated_at, deadline, payment_method)
+             updated_at, deadline, payment_method, shipping_address, gift_note)
          SELECT id, customer_id, 'pending', lane, currency, total, items, correlation_id, 1, created_at, created_at, deadline,
-             payment_method
-         FROM {$1: id, customer_id, lane, currency, total, items, correlation_id, created_at, deadline, payment_method}",
+             payment_method, shipping_address, gift_note
+         FROM {$1: id, customer_id, lane, currency, total, items, correlation_id, created_at, deadline, payment_method,
+             shipping_address, gift_note}",
     )
     .rows(rows)
     .execute()

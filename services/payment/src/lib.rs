@@ -23,8 +23,8 @@ use consign::handler::BoxError;
 use consign::http::HttpConfig;
 use consign::service::Prune;
 use consign::tasks::TaskOptions;
-use consign::{Clock, ConsumerOptions, Db, DbError, Migration, Service, Topology};
-use contracts::streams;
+use consign::{Clock, ConsumerOptions, Db, DbError, Event, Migration, Service, Topology, versions};
+use contracts::{StockReserved, StockReservedV1, streams};
 use serde::{Deserialize, Serialize};
 
 use calls::{Calls, Refunds};
@@ -71,6 +71,24 @@ pub struct Config {
     pub stuck_after: Duration,
     /// Which gateway, and how calls to it are guarded.
     pub gateway: GatewayConfig,
+    /// Which versions of others' events are asked for.
+    pub accept: Accept,
+}
+
+/// The section `[payment.accept]`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Accept {
+    /// Of `inventory.reserved`.
+    pub inventory_reserved: Vec<u32>,
+}
+
+const RESERVED: [u32; 2] = [StockReservedV1::VERSION, StockReserved::VERSION];
+
+impl Default for Accept {
+    fn default() -> Self {
+        Self { inventory_reserved: RESERVED.to_vec() }
+    }
 }
 
 impl Default for Config {
@@ -86,6 +104,7 @@ impl Default for Config {
             },
             stuck_after: Duration::from_secs(20 * 60),
             gateway: GatewayConfig::default(),
+            accept: Accept::default(),
         }
     }
 }
@@ -112,6 +131,11 @@ impl Config {
                 self.tasks.timeout
             ));
         }
+        faults.extend(versions::check(
+            "payment.accept.inventory_reserved",
+            &self.accept.inventory_reserved,
+            &RESERVED,
+        ));
         if self.stuck_after < Duration::from_secs(1) {
             faults.push("payment.stuck_after must be at least 1s".to_owned());
         }
@@ -129,7 +153,11 @@ pub fn topology(config: &Config) -> Topology {
     let options = config.consumer;
     Topology::new(NAME)
         .stream(StreamConfig::new(streams::PAYMENTS, &["payments.>"]))
-        .consumer(steps::inventory(options).with_state(()))
+        .consumer(
+            steps::inventory(options)
+                .accept::<StockReserved>(&config.accept.inventory_reserved)
+                .with_state(()),
+        )
         .consumer(steps::orders(options).with_state(()))
 }
 

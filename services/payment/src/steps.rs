@@ -9,7 +9,7 @@ use consign::handler::Item;
 use consign::{Batch, Consumer, ConsumerOptions, DbError, Emission, Failure, Lane, Timestamp, Tx};
 use contracts::{
     OrderCancelled, OrderDeadlineExtended, OrderRefundRequested, PaymentFailed, PaymentRefundRejected,
-    PaymentRefunded, PaymentSucceeded, StockReserved, streams,
+    PaymentRefunded, PaymentSucceeded, StockReserved, StockReservedV1, streams,
 };
 use uuid::Uuid;
 
@@ -19,7 +19,10 @@ use crate::store::{self, Payment, Refund};
 
 /// What inventory says about orders.
 pub fn inventory(options: ConsumerOptions) -> Consumer<()> {
-    Consumer::new("payment-inventory", streams::INVENTORY).options(options).on(reserved)
+    Consumer::new("payment-inventory", streams::INVENTORY)
+        .options(options)
+        .on(reserved)
+        .upcast(|old: StockReservedV1| StockReserved::from(old))
 }
 
 /// What order says about orders.
@@ -274,8 +277,8 @@ fn step<E>(item: &Item<E>, order_id: Uuid, what: What) -> Step {
 
 async fn reserved(Batch(events): Batch<StockReserved>, mut tx: Tx) -> Result<(), Failure> {
     let terms = |e: &StockReserved| Terms {
-        amount: e.amount,
-        currency: e.currency.clone(),
+        amount: e.total.amount,
+        currency: e.total.currency.clone(),
         method: e.payment_method.clone(),
         expires_at: e.expires_at,
     };

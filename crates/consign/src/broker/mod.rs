@@ -3,6 +3,7 @@
 
 pub mod embedded;
 pub mod nats;
+mod passed_over;
 mod subject;
 
 use std::sync::Arc;
@@ -14,7 +15,9 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::Timestamp;
-pub use subject::{is_valid_filter, is_valid_subject, matches};
+pub(crate) use passed_over::{PassedOver, dropped, first_passed_over, passed_over};
+pub(crate) use subject::versioned;
+pub use subject::{is_valid_filter, is_valid_subject, matches, overlap};
 
 /// What is published.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -219,6 +222,10 @@ pub struct StreamInfo {
 /// The broker's view of a consumer.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct ConsumerInfo {
+    /// Its name.
+    pub durable: String,
+    /// Which subjects it is given; empty means all.
+    pub filters: Vec<String>,
     /// Matching messages not yet delivered once.
     pub pending: u64,
     /// Delivered and unsettled.
@@ -229,6 +236,17 @@ pub struct ConsumerInfo {
     pub ack_floor: u64,
     /// The last sequence delivered.
     pub delivered: u64,
+    /// When that was, as far as the broker remembers.
+    pub last_delivered_at: Option<Timestamp>,
+}
+
+/// Which of the messages that a filter matches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Find {
+    /// The first one at this sequence or after it.
+    From(u64),
+    /// The last one.
+    Last,
 }
 
 /// Whether the broker can be reached.
@@ -276,6 +294,14 @@ pub enum BrokerError {
         /// The consumer that it does not have.
         consumer: String,
     },
+    /// A narrower filter would pass over what the consumer has not settled. Nothing was changed.
+    #[error("consumer {consumer}: its new filter would pass over {what}")]
+    PassesOver {
+        /// The consumer.
+        consumer: String,
+        /// What would be passed over, and the way out.
+        what: String,
+    },
     /// The configuration cannot be had, or not changed in place.
     #[error("{0}")]
     Config(String),
@@ -291,7 +317,8 @@ pub enum BrokerError {
 ///    consumer whose filter matches until that consumer settles it with `Ack` or `Term`, or `max_deliver` is used up.
 /// 2. A message id seen inside the window gives the first sequence with `duplicate = true`, and stores nothing.
 /// 3. Sequences in a stream rise; a consumer is given new messages in that order. Redeliveries come between.
-/// 4. An unsettled delivery comes again after `ack_wait`; after `Progress` the wait starts anew; after `Nak(d)` it comes after `d`.
+/// 4. An unsettled delivery comes again after `ack_wait`; after `Progress` the wait starts anew; after `Nak(d)` it comes after `d`;
+///    also if the consumer's filter does not match it any more.
 /// 5. No more than `max_ack_pending` deliveries are unsettled at a time.
 /// 6. Nothing is dropped silently: limits remove the oldest or refuse the newest as configured, and a message given up after
 ///    `max_deliver` is announced on `$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES.<stream>.<consumer>`.
@@ -301,7 +328,8 @@ pub enum BrokerError {
 pub trait Broker: Send + Sync + 'static {
     /// Makes the stream, or changes its limits. Subjects that another stream stores are refused.
     async fn ensure_stream(&self, config: &StreamConfig) -> Result<(), BrokerError>;
-    /// Makes the consumer, or changes it; its position stays.
+    /// Makes the consumer, or changes it; its position stays. A narrower filter that would pass something over is refused with
+    /// [`BrokerError::PassesOver`].
     async fn ensure_consumer(&self, stream: &str, config: &ConsumerConfig) -> Result<(), BrokerError>;
     /// Makes the consumer anew, so that it is given everything from `sequence` on once more: where its stream has lost what it had passed.
     async fn rewind_consumer(
@@ -329,10 +357,19 @@ pub trait Broker: Send + Sync + 'static {
     ) -> Result<(), BrokerError>;
     /// One stored message.
     async fn get(&self, stream: &str, sequence: u64) -> Result<Option<Arc<StoredMessage>>, BrokerError>;
+    /// One of the messages whose subject matches a filter.
+    async fn find(
+        &self,
+        stream: &str,
+        filter: &str,
+        which: Find,
+    ) -> Result<Option<Arc<StoredMessage>>, BrokerError>;
     /// See [`StreamInfo`].
     async fn stream_info(&self, stream: &str) -> Result<StreamInfo, BrokerError>;
     /// See [`ConsumerInfo`].
     async fn consumer_info(&self, stream: &str, durable: &str) -> Result<ConsumerInfo, BrokerError>;
+    /// All consumers of a stream, whoever they belong to.
+    async fn consumers(&self, stream: &str) -> Result<Vec<ConsumerInfo>, BrokerError>;
     /// Whether it can be reached now; does not wait.
     fn status(&self) -> BrokerStatus;
 }

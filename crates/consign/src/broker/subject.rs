@@ -46,7 +46,7 @@ pub(super) fn covers(wide: &str, narrow: &str) -> bool {
 }
 
 /// Whether some subject is matched by both filters.
-pub(super) fn overlap(a: &str, b: &str) -> bool {
+pub fn overlap(a: &str, b: &str) -> bool {
     let (mut a, mut b) = (a.split('.'), b.split('.'));
     loop {
         match (a.next(), b.next()) {
@@ -57,9 +57,32 @@ pub(super) fn overlap(a: &str, b: &str) -> bool {
     }
 }
 
+/// The event type, version and rest of a subject or filter as events have them: `orders.created.v1.standard`.
+pub(crate) fn versioned(subject: &str) -> Option<(&str, u32, &str)> {
+    let mut at = 0;
+    for token in subject.split('.') {
+        let end = at + token.len();
+        if let Some(version) = token.strip_prefix('v').and_then(|n| n.parse().ok())
+            && at > 0
+        {
+            return Some((&subject[..at - 1], version, &subject[end..]));
+        }
+        at = end + 1;
+    }
+    None
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn versions_in_subjects() {
+        assert_eq!(versioned("orders.created.v12.standard.k"), Some(("orders.created", 12, ".standard.k")));
+        assert_eq!(versioned("orders.created.v1"), Some(("orders.created", 1, "")));
+        assert_eq!(versioned("v1.orders"), None);
+        assert_eq!(versioned("orders.>"), None);
+    }
 
     #[test]
     fn wildcards() {

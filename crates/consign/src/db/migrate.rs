@@ -39,6 +39,12 @@ pub(super) const LIBRARY: &[Migration] = &[
     },
     Migration::new(2, "lanes, incarnations of streams", include_str!("library.2.sql")),
     Migration::new(3, "failures of tasks", include_str!("library.3.sql")),
+    Migration {
+        version: 4,
+        name: "who reads which version of an event",
+        sqlite: include_str!("library.4.sql"),
+        postgres: include_str!("library.4.postgres.sql"),
+    },
 ];
 
 /// Serialises migrations of all replicas; any number would do.

@@ -17,6 +17,7 @@ use crate::breaker::{self, Breaker};
 use crate::dead_letter::{self, DeadLetter, Filter, Reason, Status};
 use crate::reconcile::{self, Report};
 use crate::service::Vitals;
+use crate::versions::{self, RetireError, Usage};
 use crate::{Timestamp, telemetry};
 
 pub(crate) fn router(vitals: Arc<Vitals>) -> ApiRouter {
@@ -67,6 +68,24 @@ pub(crate) fn router(vitals: Arc<Vitals>) -> ApiRouter {
                 o.summary("Hold a circuit breaker open, or close it")
                     .description("Of this replica. Held open, it stays open until it is closed; closed, it opens again if calls fail.")
                     .tag("operations")
+            }),
+        )
+        .api_route(
+            "/admin/versions",
+            get_with(usage, |o| o.summary("Who publishes and who reads which version of an event").tag("operations")),
+        )
+        .api_route(
+            "/admin/versions/retire",
+            post_with(retire, |o| {
+                o.summary("Publish a version of an event no more")
+                    .description("Refused while a consumer asks for it. Holds for all replicas, until it is restored.")
+                    .tag("operations")
+            }),
+        )
+        .api_route(
+            "/admin/versions/restore",
+            post_with(restore, |o| {
+                o.summary("Publish a version that was retired again, if it is configured").tag("operations")
             }),
         )
         .with_state(vitals)
@@ -250,4 +269,54 @@ async fn set_breaker(
         Wanted::Closed => breaker.close(),
     }
     Ok(Json(breaker.status()))
+}
+
+async fn usage(_: Admin, State(vitals): State<Arc<Vitals>>) -> Result<Json<Usage>, Problem> {
+    let v = &vitals;
+    let streams: Vec<String> = v.scope.streams.iter().map(|s| s.name.clone()).collect();
+    let found = versions::usage(&v.db, v.broker.as_ref(), &v.published, &v.consumed, &streams).await;
+    found.map(Json).map_err(|e| Problem::unavailable(telemetry::chain(&e), 2))
+}
+
+#[derive(Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct EventVersion {
+    /// The event's type, for example `orders.created`.
+    event: String,
+    /// The version, for example 1.
+    version: u32,
+}
+
+#[derive(Serialize, JsonSchema)]
+struct PublishedNow {
+    /// The versions that are published from now on.
+    published: Vec<u32>,
+}
+
+fn refused(e: &RetireError) -> Problem {
+    match e {
+        RetireError::Unknown { .. } | RetireError::NoVersion { .. } => Problem::not_found(e.to_string()),
+        RetireError::OnlyOne { .. } | RetireError::StillRead { .. } => Problem::conflict(e.to_string()),
+        RetireError::Db(_) | RetireError::Broker(_) => Problem::unavailable(telemetry::chain(e), 2),
+    }
+}
+
+async fn retire(
+    _: Admin,
+    State(vitals): State<Arc<Vitals>>,
+    Body(which): Body<EventVersion>,
+) -> Result<Json<PublishedNow>, Problem> {
+    let v = &vitals;
+    let done = versions::retire(&v.db, v.broker.as_ref(), &v.published, &which.event, which.version).await;
+    done.map(|published| Json(PublishedNow { published })).map_err(|e| refused(&e))
+}
+
+async fn restore(
+    _: Admin,
+    State(vitals): State<Arc<Vitals>>,
+    Body(which): Body<EventVersion>,
+) -> Result<Json<PublishedNow>, Problem> {
+    let v = &vitals;
+    let done = versions::restore(&v.db, v.broker.as_ref(), &v.published, &which.event, which.version).await;
+    done.map(|published| Json(PublishedNow { published })).map_err(|e| refused(&e))
 }

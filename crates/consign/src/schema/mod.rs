@@ -1,5 +1,6 @@
 //! JSON Schemas of events and request bodies: generated from the types, compiled once, and asked on both ends.
 
+pub mod bounds;
 pub mod compat;
 mod validate;
 

@@ -11,8 +11,8 @@ use std::time::Duration;
 use bytes::Bytes;
 
 use crate::broker::{
-    Broker, BrokerError, ConsumerConfig, DeliverPolicy, Delivery, Discard, Message, PubAck, PublishError,
-    Settlement, StreamConfig,
+    Broker, BrokerError, ConsumerConfig, DeliverPolicy, Delivery, Discard, Find, Message, PubAck,
+    PublishError, Settlement, StreamConfig,
 };
 
 /// A broker under test.
@@ -89,6 +89,10 @@ fn tests(subject: &impl Subject) -> Vec<Test<'_>> {
         ("a fetch waits for the next message", Box::pin(fetch_waits(subject))),
         ("configuration that cannot be is refused", Box::pin(bad_configuration(subject))),
         ("a consumer that is changed keeps its place", Box::pin(consumer_changes(subject))),
+        ("messages are found by subject", Box::pin(find(subject))),
+        ("all consumers of a stream are listed", Box::pin(list(subject))),
+        ("a narrower filter passes nothing over", Box::pin(narrower(subject))),
+        ("what is unsettled comes again although the filter leaves it out", Box::pin(left_out(subject))),
         ("a consumer can be rewound", Box::pin(rewind(subject))),
         ("what is acknowledged survives a restart", Box::pin(restart(subject))),
     ]
@@ -489,6 +493,96 @@ async fn consumer_changes(subject: &impl Subject) {
     broker.ensure_consumer("S", &wider).await.expect("a change");
     assert_eq!(broker.consumer_info("S", "c").await.expect("info").pending, 2);
     assert_eq!(ids(&fetch(subject, &broker, 2).await), ["2", "3"]);
+}
+
+async fn find(subject: &impl Subject) {
+    let broker = with_stream(subject, stream()).await;
+    publish(&broker, &[("s.a.1", "1"), ("s.b.1", "2"), ("s.a.2", "3"), ("s.b.1", "4")]).await;
+    let found = async |filter: &str, which| {
+        broker.find("S", filter, which).await.expect("an answer").map(|m| m.sequence)
+    };
+    assert_eq!(found("s.a.>", Find::From(1)).await, Some(1));
+    assert_eq!(found("s.a.>", Find::From(2)).await, Some(3));
+    assert_eq!(found("s.a.>", Find::From(4)).await, None);
+    assert_eq!(found("s.*.1", Find::Last).await, Some(4));
+    assert_eq!(found("s.a.>", Find::Last).await, Some(3));
+    assert_eq!(found("s.c", Find::Last).await, None);
+    assert!(matches!(broker.find("T", "s.a", Find::Last).await, Err(BrokerError::NoStream(_))));
+}
+
+async fn list(subject: &impl Subject) {
+    let broker = with_stream(subject, stream()).await;
+    assert!(broker.consumers("S").await.expect("a list").is_empty());
+    let one = ConsumerConfig { filter_subjects: vec!["s.a".into()], ..subject.consumer() };
+    broker.ensure_consumer("S", &one).await.expect("a consumer");
+    let two = ConsumerConfig::new("d", vec!["s.b".into(), "s.a".into()]);
+    broker.ensure_consumer("S", &two).await.expect("a consumer");
+    publish(&broker, &[("s.a", "1")]).await;
+    fetch(subject, &broker, 1).await;
+    let mut all = broker.consumers("S").await.expect("a list");
+    all.sort_by(|a, b| a.durable.cmp(&b.durable));
+    all[1].filters.sort();
+    let shown: Vec<_> = all.iter().map(|c| (c.durable.as_str(), c.filters.join(" "), c.pending)).collect();
+    assert_eq!(shown, [("c", "s.a".to_owned(), 0), ("d", "s.a s.b".to_owned(), 1)]);
+    assert!(all[0].last_delivered_at.is_some() && all[1].last_delivered_at.is_none());
+    assert!(matches!(broker.consumers("T").await, Err(BrokerError::NoStream(_))));
+}
+
+/// v1 → v1+v2 → v2, with events that came in one version or in both.
+async fn narrower<T: Subject>(subject: &T) {
+    let broker = with_stream(subject, stream()).await;
+    let of = |filters: &[&str]| ConsumerConfig {
+        filter_subjects: filters.iter().map(|&f| f.to_owned()).collect(),
+        ..subject.consumer()
+    };
+    let event = |version: u32, id: &str, siblings: &str| {
+        let mut event = message(&format!("s.a.v{version}.x"), &format!("{id}:{version}"));
+        if !siblings.is_empty() {
+            event.headers.push(("ce-siblings".to_owned(), siblings.to_owned()));
+        }
+        event
+    };
+    let refused = async |config: &ConsumerConfig| match broker.ensure_consumer("S", config).await {
+        Err(BrokerError::PassesOver { what, .. }) => what,
+        other => panic!("{other:?}"),
+    };
+    let (old, both, new) = (of(&["s.a.v1.>"]), of(&["s.a.v1.>", "s.a.v2.>"]), of(&["s.a.v2.>"]));
+    broker.ensure_consumer("S", &old).await.expect("a consumer");
+    broker.publish(vec![event(1, "a", "")]).await;
+    assert!(refused(&new).await.contains("s.a.v1.x"), "it is not settled");
+    let got = fetch(subject, &broker, 1).await;
+    settle(&broker, &got, &Settlement::Ack).await;
+    subject.pass(T::SOON).await;
+    assert!(
+        refused(&new).await.contains("this version alone"),
+        "nothing is pending, but the next will come as v1"
+    );
+    broker.ensure_consumer("S", &both).await.expect("wider");
+    broker.publish(vec![event(2, "b", "1,2"), event(1, "b", "1,2")]).await;
+    // Version 1 of the second is pending, but version 2 stands for it.
+    broker.ensure_consumer("S", &new).await.expect("narrower");
+    let filters = broker.consumer_info("S", "c").await.expect("info").filters;
+    assert_eq!(filters, ["s.a.v2.>"]);
+    assert_eq!(ids(&fetch(subject, &broker, 1).await), ["b:2"]);
+}
+
+/// A sibling may have been acknowledged for its sake, so that it has to come again.
+async fn left_out(subject: &impl Subject) {
+    let broker = with_stream(subject, stream()).await;
+    let of = |filters: &[&str]| ConsumerConfig {
+        filter_subjects: filters.iter().map(|&f| f.to_owned()).collect(),
+        ..subject.consumer()
+    };
+    broker.ensure_consumer("S", &of(&["s.a.v1.>", "s.a.v2.>"])).await.expect("a consumer");
+    let mut event = message("s.a.v2.x", "2");
+    event.headers.push(("ce-siblings".to_owned(), "2,1".to_owned()));
+    broker.publish(vec![event, message("s.a.v1.x", "1")]).await;
+    let got = fetch(subject, &broker, 2).await;
+    assert_eq!(ids(&got), ["2", "1"]);
+    settle(&broker, &got[1..], &Settlement::Ack).await;
+    broker.ensure_consumer("S", &of(&["s.a.v1.>"])).await.expect("narrower");
+    subject.pass_ack_wait().await;
+    assert_eq!(ids(&fetch(subject, &broker, 1).await), ["2"]);
 }
 
 async fn rewind(subject: &impl Subject) {

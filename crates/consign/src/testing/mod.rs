@@ -103,6 +103,41 @@ impl VirtualTime {
             passed += step;
         }
     }
+
+    /// Awaits `work`, which may itself wait for time to pass: given a real second without an end, it moves virtual time on until there is one.
+    ///
+    /// ```
+    /// # use std::time::Duration;
+    /// # use consign::testing::VirtualTime;
+    /// # #[tokio::main(flavor = "current_thread", start_paused = true)]
+    /// # async fn main() {
+    /// let time = VirtualTime::start();
+    /// let before = time.clock().now();
+    /// time.carry(Duration::from_secs(60), "a nap", tokio::time::sleep(Duration::from_secs(5))).await;
+    /// assert_eq!(time.clock().now().since(before), Duration::from_secs(5));
+    /// # }
+    /// ```
+    ///
+    /// # Panics
+    /// When `limit` of virtual time has passed, with `what`.
+    pub async fn carry<T>(&self, limit: Duration, what: &str, work: impl Future<Output = T>) -> T {
+        const STEP: Duration = Duration::from_millis(100);
+        let mut work = std::pin::pin!(work);
+        let start = std::time::Instant::now();
+        let mut passed = Duration::ZERO;
+        loop {
+            tokio::select! {
+                biased;
+                result = &mut work => return result,
+                () = breathe() => {}
+            }
+            if start.elapsed() >= Duration::from_secs(1) {
+                assert!(passed < limit, "not within {limit:?} of virtual time: {what}");
+                self.advance(STEP).await;
+                passed += STEP;
+            }
+        }
+    }
 }
 
 /// A little real time for tasks and SQLite's threads.

@@ -2,11 +2,13 @@
 //!
 //! The programs are looked for under `target/tools`, where `cargo xtask test --install` puts them, and then on the `PATH`.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::net::TcpListener;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use rand::RngExt;
@@ -21,10 +23,16 @@ pub const OLDEST_NATS: &str = "2.10.25";
 /// A server that is not up by then never will be.
 const START: Duration = Duration::from_secs(30);
 
-/// A free port of the loopback, outside the range from which the system takes ports for connections.
+/// A free port of the loopback, outside the range from which the system takes ports for connections. None is given twice: between that it is
+/// looked at and that a server listens on it there is time for another test.
 pub(super) fn free_port() -> u16 {
-    let free = |port: &u16| TcpListener::bind(("127.0.0.1", *port)).is_ok();
-    std::iter::repeat_with(|| rand::rng().random_range(10_000..30_000)).find(free).expect("a port")
+    static GIVEN: Mutex<BTreeSet<u16>> = Mutex::new(BTreeSet::new());
+    let mut given = GIVEN.lock().unwrap_or_else(PoisonError::into_inner);
+    let free = |port: &u16| !given.contains(port) && TcpListener::bind(("127.0.0.1", *port)).is_ok();
+    let port =
+        std::iter::repeat_with(|| rand::rng().random_range(10_000..30_000)).find(free).expect("a port");
+    given.insert(port);
+    port
 }
 
 fn tools() -> PathBuf {

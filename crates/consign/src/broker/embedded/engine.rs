@@ -12,7 +12,7 @@ use super::file::{FileStore, Journal, StreamRecord};
 use super::{Command, Reply};
 use crate::broker::subject::{is_valid_filter, matches, overlap};
 use crate::broker::{
-    BrokerError, ConsumerConfig, ConsumerInfo, DeliverPolicy, Delivery, Discard, Message, PubAck,
+    BrokerError, ConsumerConfig, ConsumerInfo, DeliverPolicy, Delivery, Discard, Find, Message, PubAck,
     PublishError, Settlement, StoredMessage, StreamConfig, StreamInfo,
 };
 use crate::{Clock, Timestamp};
@@ -61,6 +61,7 @@ struct Consumer {
     waiting: VecDeque<Waiting>,
     read_ahead: BTreeMap<u64, Arc<StoredMessage>>,
     written_floor: u64,
+    last_delivered_at: Option<Timestamp>,
 }
 
 struct Unsettled {
@@ -160,6 +161,20 @@ impl Consumer {
             waiting: VecDeque::new(),
             read_ahead: BTreeMap::new(),
             written_floor: next.saturating_sub(1),
+            last_delivered_at: None,
+        }
+    }
+
+    fn info(&self) -> ConsumerInfo {
+        ConsumerInfo {
+            durable: self.config.durable.clone(),
+            filters: self.config.filter_subjects.clone(),
+            pending: self.pending,
+            ack_pending: self.unsettled.len() as u64,
+            redelivered: self.unsettled.values().filter(|u| u.delivered > 1).count() as u64,
+            ack_floor: self.floor(),
+            delivered: self.next - 1,
+            last_delivered_at: self.last_delivered_at,
         }
     }
 
@@ -301,14 +316,16 @@ impl Engine {
                 later(answers, reply, info);
             }
             Command::ConsumerInfo { stream, durable, reply } => {
-                let info = self.consumer(&stream, &durable).map(|c| ConsumerInfo {
-                    pending: c.pending,
-                    ack_pending: c.unsettled.len() as u64,
-                    redelivered: c.unsettled.values().filter(|u| u.delivered > 1).count() as u64,
-                    ack_floor: c.floor(),
-                    delivered: c.next - 1,
-                });
+                let info = self.consumer(&stream, &durable).map(|c| c.info());
                 later(answers, reply, info);
+            }
+            Command::Consumers { stream, reply } => {
+                let all = self.stream(&stream).map(|s| s.consumers.values().map(Consumer::info).collect());
+                later(answers, reply, all);
+            }
+            Command::Find { stream, filter, which, reply } => {
+                let found = self.find(&stream, &filter, which).await;
+                later(answers, reply, found);
             }
             Command::Close { .. } => {}
         }
@@ -507,6 +524,44 @@ impl Engine {
         }
     }
 
+    async fn find(
+        &mut self,
+        stream: &str,
+        filter: &str,
+        which: Find,
+    ) -> Result<Option<Arc<StoredMessage>>, BrokerError> {
+        let wanted = |m: &&Arc<StoredMessage>| matches(filter, &m.message.subject);
+        let s = self.stream(stream)?;
+        let (id, mut from) = (s.id, s.first);
+        let Some(file) = &mut self.file else {
+            let s = self.stream(stream)?;
+            let found = match which {
+                Find::From(from) => s.messages.range(from..).map(|(_, m)| m).find(wanted),
+                Find::Last => s.messages.values().rev().find(wanted),
+            };
+            return Ok(found.cloned());
+        };
+        // What is in the journal is not in the file yet.
+        self.journal.write(file).await.map_err(super::unavailable)?;
+        match which {
+            Find::From(first) => from = from.max(first),
+            Find::Last => {
+                let last = file.last_by_subject(id).await.map_err(super::unavailable)?;
+                let last = last.iter().filter(|(subject, _)| matches(filter, subject)).map(|(_, n)| *n).max();
+                let Some(last) = last else { return Ok(None) };
+                from = last;
+            }
+        }
+        loop {
+            let chunk = file.read(id, from, READ_AHEAD).await.map_err(super::unavailable)?;
+            if let Some(found) = chunk.values().find(wanted) {
+                return Ok(Some(Arc::clone(found)));
+            }
+            let Some((&end, _)) = chunk.last_key_value() else { return Ok(None) };
+            from = end + 1;
+        }
+    }
+
     async fn settle(
         &mut self,
         stream: &str,
@@ -698,7 +753,11 @@ impl Engine {
             taken.push((m.sequence, m));
         }
         let name = Arc::clone(&self.stream(stream)?.name);
+        let wall = self.clock.now();
         let c = self.consumer(stream, durable)?;
+        if !taken.is_empty() {
+            c.last_delivered_at = Some(wall);
+        }
         Ok(taken
             .into_iter()
             .map(|(sequence, message)| {

@@ -273,6 +273,16 @@ impl FileStore {
         rows.iter().map(|r| Ok((r.try_get("subject")?, uint(r, "n")?))).collect()
     }
 
+    /// Where the last message of each subject lies.
+    pub(super) async fn last_by_subject(&mut self, stream: i64) -> Result<Vec<(String, u64)>, sqlx::Error> {
+        let rows =
+            sqlx::query("SELECT subject, MAX(sequence) AS n FROM messages WHERE stream = ? GROUP BY subject")
+                .bind(stream)
+                .fetch_all(&mut self.conn)
+                .await?;
+        rows.iter().map(|r| Ok((r.try_get("subject")?, uint(r, "n")?))).collect()
+    }
+
     /// Up to `limit` messages from `from` on.
     pub(super) async fn read(
         &mut self,

@@ -18,8 +18,8 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use super::{
-    Broker, BrokerError, BrokerStatus, ConsumerConfig, ConsumerInfo, Delivery, Message, PubAck, PublishError,
-    Settlement, StoredMessage, StreamConfig, StreamInfo,
+    Broker, BrokerError, BrokerStatus, ConsumerConfig, ConsumerInfo, Delivery, Find, Message, PubAck,
+    PublishError, Settlement, StoredMessage, StreamConfig, StreamInfo, passed_over,
 };
 use crate::Clock;
 use engine::Engine;
@@ -68,9 +68,19 @@ enum Command {
         sequence: u64,
         reply: Reply<Option<Arc<StoredMessage>>>,
     },
+    Find {
+        stream: String,
+        filter: String,
+        which: Find,
+        reply: Reply<Option<Arc<StoredMessage>>>,
+    },
     StreamInfo {
         stream: String,
         reply: Reply<StreamInfo>,
+    },
+    Consumers {
+        stream: String,
+        reply: Reply<Vec<ConsumerInfo>>,
     },
     ConsumerInfo {
         stream: String,
@@ -202,6 +212,16 @@ impl Broker for EmbeddedBroker {
     }
 
     async fn ensure_consumer(&self, stream: &str, config: &ConsumerConfig) -> Result<(), BrokerError> {
+        match self.consumer_info(stream, &config.durable).await {
+            Ok(is) => {
+                if let Some(what) = passed_over(self, stream, &is, &config.filter_subjects).await? {
+                    let (consumer, what) = (config.durable.clone(), what.to_string());
+                    return Err(BrokerError::PassesOver { consumer, what });
+                }
+            }
+            Err(BrokerError::NoConsumer { .. }) => {}
+            Err(e) => return Err(e),
+        }
         let (stream, config) = (stream.to_owned(), config.clone());
         self.ask(|reply| Command::EnsureConsumer { stream, config, rewind: None, reply }).await
     }
@@ -252,6 +272,16 @@ impl Broker for EmbeddedBroker {
         self.ask(|reply| Command::Get { stream, sequence, reply }).await
     }
 
+    async fn find(
+        &self,
+        stream: &str,
+        filter: &str,
+        which: Find,
+    ) -> Result<Option<Arc<StoredMessage>>, BrokerError> {
+        let (stream, filter) = (stream.to_owned(), filter.to_owned());
+        self.ask(|reply| Command::Find { stream, filter, which, reply }).await
+    }
+
     async fn stream_info(&self, stream: &str) -> Result<StreamInfo, BrokerError> {
         let stream = stream.to_owned();
         self.ask(|reply| Command::StreamInfo { stream, reply }).await
@@ -260,6 +290,11 @@ impl Broker for EmbeddedBroker {
     async fn consumer_info(&self, stream: &str, durable: &str) -> Result<ConsumerInfo, BrokerError> {
         let (stream, durable) = (stream.to_owned(), durable.to_owned());
         self.ask(|reply| Command::ConsumerInfo { stream, durable, reply }).await
+    }
+
+    async fn consumers(&self, stream: &str) -> Result<Vec<ConsumerInfo>, BrokerError> {
+        let stream = stream.to_owned();
+        self.ask(|reply| Command::Consumers { stream, reply }).await
     }
 
     fn status(&self) -> BrokerStatus {

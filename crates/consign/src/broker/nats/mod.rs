@@ -21,8 +21,8 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use super::{
-    Broker, BrokerError, BrokerStatus, ConsumerConfig, ConsumerInfo, Delivery, Message, PubAck, PublishError,
-    Settlement, StoredMessage, StreamConfig, StreamInfo, is_valid_subject,
+    Broker, BrokerError, BrokerStatus, ConsumerConfig, ConsumerInfo, Delivery, Find, Message, PubAck,
+    PublishError, Settlement, StoredMessage, StreamConfig, StreamInfo, is_valid_subject,
 };
 use crate::{Timestamp, telemetry};
 use connect::Watch;
@@ -127,6 +127,30 @@ impl NatsBroker {
         self.api(&format!("STREAM.INFO.{name}"), None).await.map_err(|e| e.of(name, ""))
     }
 
+    /// One message, asked for as the API's `STREAM.MSG.GET` has it.
+    async fn message(&self, stream: &str, which: Value) -> Result<Option<Arc<StoredMessage>>, BrokerError> {
+        #[derive(serde::Deserialize)]
+        struct Answer {
+            message: stream::RawMessage,
+        }
+        let asked: Result<Answer, ApiError> =
+            self.api(&format!("STREAM.MSG.GET.{stream}"), Some(which)).await;
+        let raw = match asked {
+            Ok(answer) => answer.message,
+            Err(ApiError::Refused(e)) if e.error_code() == ErrorCode::NO_MESSAGE_FOUND => return Ok(None),
+            Err(e) => return Err(e.of(stream, "")),
+        };
+        let found = jetstream::message::StreamMessage::try_from(raw)
+            .map_err(|e| BrokerError::Unavailable(e.to_string()))?;
+        Ok(Some(Arc::new(stored(
+            found.sequence,
+            timestamp(found.time),
+            found.subject.into_string(),
+            Some(found.headers),
+            found.payload,
+        ))))
+    }
+
     async fn consumer(&self, stream: &str, durable: &str) -> Result<consumer::Info, BrokerError> {
         self.api(&format!("CONSUMER.INFO.{stream}.{durable}"), None).await.map_err(|e| e.of(stream, durable))
     }
@@ -212,6 +236,19 @@ fn stored(
     headers.sort();
     let msg_id = map.get(NATS_MESSAGE_ID).map(ToString::to_string);
     StoredMessage { sequence, stored_at, message: Message { subject, msg_id, headers, payload } }
+}
+
+fn known(info: consumer::Info) -> ConsumerInfo {
+    ConsumerInfo {
+        durable: info.name,
+        filters: provision::filters(&info.config),
+        pending: info.num_pending,
+        ack_pending: info.num_ack_pending as u64,
+        redelivered: info.num_redelivered as u64,
+        ack_floor: info.ack_floor.stream_sequence,
+        delivered: info.delivered.stream_sequence,
+        last_delivered_at: info.delivered.last_active.map(timestamp),
+    }
 }
 
 #[async_trait]
@@ -305,26 +342,20 @@ impl Broker for NatsBroker {
     }
 
     async fn get(&self, stream: &str, sequence: u64) -> Result<Option<Arc<StoredMessage>>, BrokerError> {
-        #[derive(serde::Deserialize)]
-        struct Answer {
-            message: stream::RawMessage,
-        }
-        let asked: Result<Answer, ApiError> =
-            self.api(&format!("STREAM.MSG.GET.{stream}"), Some(json!({"seq": sequence}))).await;
-        let raw = match asked {
-            Ok(answer) => answer.message,
-            Err(ApiError::Refused(e)) if e.error_code() == ErrorCode::NO_MESSAGE_FOUND => return Ok(None),
-            Err(e) => return Err(e.of(stream, "")),
+        self.message(stream, json!({"seq": sequence})).await
+    }
+
+    async fn find(
+        &self,
+        stream: &str,
+        filter: &str,
+        which: Find,
+    ) -> Result<Option<Arc<StoredMessage>>, BrokerError> {
+        let which = match which {
+            Find::From(sequence) => json!({"seq": sequence.max(1), "next_by_subj": filter}),
+            Find::Last => json!({"last_by_subj": filter}),
         };
-        let found = jetstream::message::StreamMessage::try_from(raw)
-            .map_err(|e| BrokerError::Unavailable(e.to_string()))?;
-        Ok(Some(Arc::new(stored(
-            found.sequence,
-            timestamp(found.time),
-            found.subject.into_string(),
-            Some(found.headers),
-            found.payload,
-        ))))
+        self.message(stream, which).await
     }
 
     async fn stream_info(&self, stream: &str) -> Result<StreamInfo, BrokerError> {
@@ -341,14 +372,28 @@ impl Broker for NatsBroker {
     }
 
     async fn consumer_info(&self, stream: &str, durable: &str) -> Result<ConsumerInfo, BrokerError> {
-        let info = self.consumer(stream, durable).await?;
-        Ok(ConsumerInfo {
-            pending: info.num_pending,
-            ack_pending: info.num_ack_pending as u64,
-            redelivered: info.num_redelivered as u64,
-            ack_floor: info.ack_floor.stream_sequence,
-            delivered: info.delivered.stream_sequence,
-        })
+        Ok(known(self.consumer(stream, durable).await?))
+    }
+
+    async fn consumers(&self, stream: &str) -> Result<Vec<ConsumerInfo>, BrokerError> {
+        #[derive(serde::Deserialize)]
+        struct Page {
+            total: usize,
+            #[serde(default)]
+            consumers: Option<Vec<consumer::Info>>,
+        }
+        let mut all = Vec::new();
+        loop {
+            let asked =
+                self.api(&format!("CONSUMER.LIST.{stream}"), Some(json!({"offset": all.len()}))).await;
+            let page: Page = asked.map_err(|e| e.of(stream, ""))?;
+            let found = page.consumers.unwrap_or_default();
+            let done = found.is_empty();
+            all.extend(found.into_iter().map(known));
+            if done || all.len() >= page.total {
+                return Ok(all);
+            }
+        }
     }
 
     fn status(&self) -> BrokerStatus {

@@ -7,8 +7,8 @@ use async_nats::jetstream::stream::{self, DiscardPolicy, RetentionPolicy, Storag
 use serde_json::{Value, json};
 
 use super::{NatsBroker, Provision};
-use crate::broker::subject::{covers, overlap};
-use crate::broker::{BrokerError, ConsumerConfig, DeliverPolicy, Discard, StreamConfig};
+use crate::broker::subject::overlap;
+use crate::broker::{BrokerError, ConsumerConfig, DeliverPolicy, Discard, StreamConfig, passed_over};
 
 /// One setting that is not as it should be.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
@@ -80,7 +80,7 @@ fn stream_config(base: stream::Config, config: &StreamConfig, replicas: usize) -
 }
 
 /// The filters of a consumer, which the server keeps in one of two places.
-fn filters(config: &consumer::Config) -> Vec<String> {
+pub(super) fn filters(config: &consumer::Config) -> Vec<String> {
     let mut filters = config.filter_subjects.clone();
     if !config.filter_subject.is_empty() {
         filters.push(config.filter_subject.clone());
@@ -171,9 +171,31 @@ impl NatsBroker {
     /// How a consumer compares with its declaration.
     pub async fn consumer_drift(&self, stream: &str, config: &ConsumerConfig) -> Result<Drift, BrokerError> {
         match self.consumer(stream, &config.durable).await {
-            Ok(info) => Ok(compare_consumer(&info, config)),
+            Ok(info) => self.compare_consumer(stream, info, config).await.map(|(drift, _)| drift),
             Err(BrokerError::NoConsumer { .. }) => Ok(Drift::Missing),
             Err(e) => Err(e),
+        }
+    }
+
+    /// What differs, and what would be passed over if it were changed.
+    async fn compare_consumer(
+        &self,
+        stream: &str,
+        info: consumer::Info,
+        config: &ConsumerConfig,
+    ) -> Result<(Drift, Option<String>), BrokerError> {
+        match compare_consumer(&info, config) {
+            Drift::Changed(differences) => {
+                let what = passed_over(self, stream, &super::known(info), &config.filter_subjects).await?;
+                Ok(match what.map(|what| what.to_string()) {
+                    None => (Drift::Changed(differences), None),
+                    Some(what) => {
+                        let way_out = format!("it would pass over {what}");
+                        (Drift::Refused { differences, way_out }, Some(what))
+                    }
+                })
+            }
+            drift => Ok((drift, None)),
         }
     }
 
@@ -182,7 +204,15 @@ impl NatsBroker {
         check(config)?;
         let durable = &config.durable;
         let (drift, body) = match self.consumer(stream, durable).await {
-            Ok(info) => (compare_consumer(&info, config), json!(consumer_config(info.config, config))),
+            Ok(info) => {
+                let body = json!(consumer_config(info.config.clone(), config));
+                match self.compare_consumer(stream, info, config).await? {
+                    (_, Some(what)) => {
+                        return Err(BrokerError::PassesOver { consumer: durable.clone(), what });
+                    }
+                    (drift, None) => (drift, body),
+                }
+            }
             Err(BrokerError::NoConsumer { .. }) => {
                 let mut new = json!(consumer_config(consumer::Config::default(), config));
                 let (policy, start) = match config.deliver {
@@ -293,15 +323,6 @@ fn compare_consumer(info: &consumer::Info, config: &ConsumerConfig) -> Drift {
     let (old, new) = (filters(is), filters(&should));
     let mut c = Compare::default();
     c.setting("filter_subjects", &old, &new);
-    let narrowed =
-        !new.is_empty() && (old.is_empty() || old.iter().any(|o| !new.iter().any(|n| covers(n, o))));
-    if narrowed && (info.num_pending > 0 || info.num_ack_pending > 0) {
-        let way_out = format!(
-            "{} events of the old filter are still pending, and narrowing it would pass them over; let the consumer finish them first",
-            info.num_pending + info.num_ack_pending as u64
-        );
-        return Drift::Refused { differences: c.0, way_out };
-    }
     if config.backoff.is_empty() {
         c.setting("ack_wait", &is.ack_wait, &should.ack_wait);
     }

@@ -10,6 +10,7 @@ use std::time::Duration;
 use async_nats::jetstream::message::Message as JsMessage;
 use async_nats::{StatusCode, Subscriber, jetstream};
 use bytes::Bytes;
+use futures_util::future::join_all;
 use futures_util::{FutureExt, StreamExt};
 use serde_json::json;
 use tokio::time::{Instant, timeout};
@@ -21,6 +22,8 @@ use crate::broker::{BrokerError, Delivery};
 const QUEUED: Duration = Duration::from_secs(2);
 /// Nothing more is on its way when nothing has come for this long.
 const QUIET: Duration = Duration::from_millis(100);
+/// What is on its way when a subscription ends has arrived after this.
+const ON_ITS_WAY: Duration = Duration::from_millis(300);
 /// A request whose end has not been told by so long after it is gone.
 const SLACK: Duration = Duration::from_secs(2);
 /// Waits that are at least this long are kept alive by heartbeats, so that a dead leader is noticed before their end.
@@ -110,14 +113,15 @@ impl Inboxes {
     /// Gives back what was delivered and never looked at, and ends all subscriptions.
     pub(super) async fn close(&self, context: &jetstream::Context) {
         let idle = std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner));
-        for mut inbox in idle.into_values().flatten() {
-            // First what is on its way: a message that meets no subscription any more would come again only after AckWait.
-            inbox.give_back(context, QUIET).await;
-            if inbox.subscriber.drain().await.is_err() {
-                return;
+        let all = idle.into_values().flatten().map(|mut inbox| async move {
+            // First what is on its way: a message that meets no subscription any more would come again only after AckWait. Its request is
+            // still open, though, and may bring more and more.
+            let _ = timeout(ON_ITS_WAY, inbox.give_back(context, QUIET)).await;
+            if inbox.subscriber.drain().await.is_ok() {
+                inbox.give_back(context, QUEUED).await;
             }
-            inbox.give_back(context, QUEUED).await;
-        }
+        });
+        join_all(all).await;
     }
 }
 

@@ -15,7 +15,7 @@ pub struct Rights {
 
 /// The least rights of a service with [`Provision::Bind`](super::Provision::Bind) and this inbox prefix.
 ///
-/// It publishes to its own streams, fetches and acknowledges on its own consumers, asks for the state of both, and reads single messages: its own
+/// It publishes to its own streams, lists their consumers, fetches and acknowledges on its own consumers, asks for the state of both, and reads single messages: its own
 /// when it compares its outbox with the stream, others' when the broker gave up delivering them. See the
 /// [JetStream API](https://docs.nats.io/reference/reference-protocols/nats_api_reference).
 pub fn rights(scope: &Scope, inbox_prefix: &str) -> Rights {
@@ -29,6 +29,8 @@ pub fn rights(scope: &Scope, inbox_prefix: &str) -> Rights {
         publish.insert(format!("$JS.API.STREAM.INFO.{stream}"));
         publish.insert(format!("$JS.API.STREAM.MSG.GET.{stream}"));
     }
+    // Who still reads which version of its events.
+    publish.extend(scope.streams.iter().map(|s| format!("$JS.API.CONSUMER.LIST.{}", s.name)));
     for (stream, consumer) in &scope.consumers {
         let durable = &consumer.durable;
         publish.insert(format!("$JS.API.CONSUMER.INFO.{stream}.{durable}"));

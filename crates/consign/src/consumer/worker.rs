@@ -3,32 +3,28 @@
 //! Failures are counted, not deliveries: a killed process or a database outage costs an event nothing. If one event of a batch
 //! fails, it is set aside and the rest runs again without it; it then runs alone, and its fate is decided in [`Worker::failed`].
 
-use std::any::Any;
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use serde::{Deserialize, Serialize};
-use serde_json::Value;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
-use tower::util::BoxCloneSyncService;
-use tower::{Layer, Service, ServiceBuilder, ServiceExt, service_fn};
+use tower::ServiceExt;
 use uuid::Uuid;
 
-use crate::breaker::Breaker;
-use crate::broker::{Broker, BrokerError, ConsumerConfig, Delivery, Settlement, StoredMessage};
+use super::binding::{self, Binding};
+use super::decode::{Decoded, Reject};
+use super::readers::Readers;
+use super::{ReadyConsumer, Route};
+use crate::broker::{Broker, BrokerError, Delivery, Settlement, StoredMessage};
 use crate::db::{Db, DbError, Slot};
 use crate::dead_letter::{self, Burial, Reason};
-use crate::event::{Cause, Envelope, Event, EventId, Lane};
-use crate::handler::{BoxError, Call, Failure, Fate, Handler, Incoming};
-use crate::inbox;
-use crate::layer::{CatchPanic, Measure, Timeout};
-use crate::retry::{Backoff, RetryPolicy};
-use crate::schema::{self, CompiledSchema};
-use crate::telemetry;
+use crate::event::{Cause, Envelope, EventId, Lane};
+use crate::handler::{BoxError, Call, Failure, Fate, Incoming};
+use crate::retry::Backoff;
+use crate::{inbox, telemetry};
 
 /// How long one fetch waits for a message.
 const FETCH_WAIT: Duration = Duration::from_secs(5);
@@ -38,295 +34,15 @@ const GIVE_WAY: Duration = Duration::from_millis(25);
 const EXPRESS_RECENTLY: Duration = Duration::from_secs(2);
 /// By how much they are smaller then.
 const SMALLER: usize = 8;
-
-/// A handler with the layers around it.
-pub(crate) type HandlerService = BoxCloneSyncService<Call, (), Failure>;
-type AnyEvent = Arc<dyn Any + Send + Sync>;
-type Decode = Arc<dyn Fn(Value) -> Result<AnyEvent, serde_json::Error> + Send + Sync>;
-type Convert = Arc<dyn Fn(AnyEvent) -> Option<AnyEvent> + Send + Sync>;
-
-/// How a consumer fetches, waits and gives up.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct ConsumerOptions {
-    /// Events per transaction at most.
-    pub batch: usize,
-    /// Unacknowledged for so long, the broker delivers again. Kept alive with progress acks while a handler is at work.
-    #[serde(with = "humantime_serde")]
-    pub ack_wait: Duration,
-    /// A call of a handler is given up after this.
-    #[serde(with = "humantime_serde")]
-    pub handler_timeout: Duration,
-    /// Retries and their limit.
-    pub retry: RetryPolicy,
-    /// How long the inbox remembers; events older than this are parked as dead letters, never run blindly.
-    #[serde(with = "humantime_serde")]
-    pub inbox_retention: Duration,
-}
-
-impl Default for ConsumerOptions {
-    fn default() -> Self {
-        Self {
-            batch: 256,
-            ack_wait: Duration::from_secs(30),
-            handler_timeout: Duration::from_secs(10),
-            retry: RetryPolicy::default(),
-            inbox_retention: Duration::from_secs(21 * 24 * 3600),
-        }
-    }
-}
-
-#[derive(Clone)]
-struct Route {
-    /// The event that its handler takes; an older version leads there through upcasters.
-    target: Arc<str>,
-    schema: Arc<CompiledSchema>,
-    decode: Decode,
-    batch: bool,
-    service: HandlerService,
-}
-
-type MakeRoute<S> = Box<dyn FnOnce(S, ConsumerOptions) -> Route + Send>;
-
-/// A durable consumer of one stream, with a handler per event it accepts.
-///
-/// Its name is its identity in the inbox: change it, and it handles everything anew.
-pub struct Consumer<S> {
-    name: String,
-    stream: String,
-    options: ConsumerOptions,
-    routes: BTreeMap<String, MakeRoute<S>>,
-    layers: Vec<Box<dyn Fn(HandlerService) -> HandlerService + Send>>,
-    upcasters: Vec<Upcaster>,
-    breaker: Option<Breaker>,
-}
-
-/// Makes the next version of an older one.
-struct Upcaster {
-    from: String,
-    to: String,
-    schema: Arc<CompiledSchema>,
-    decode: Decode,
-    convert: Convert,
-}
-
-impl<S: Clone + Send + Sync + 'static> Consumer<S> {
-    /// A consumer called `name` of `stream`.
-    pub fn new(name: &str, stream: &str) -> Self {
-        Self {
-            name: name.to_owned(),
-            stream: stream.to_owned(),
-            options: ConsumerOptions::default(),
-            routes: BTreeMap::new(),
-            layers: Vec::new(),
-            upcasters: Vec::new(),
-            breaker: None,
-        }
-    }
-
-    /// Replaces the defaults.
-    #[must_use]
-    pub fn options(self, options: ConsumerOptions) -> Self {
-        Self { options, ..self }
-    }
-
-    /// Mounts a handler for the event that its first argument names.
-    #[must_use]
-    pub fn on<H, Args>(mut self, handler: H) -> Self
-    where
-        H: Handler<Args, S>,
-        Args: 'static,
-    {
-        let make = move |state: S, options: ConsumerOptions| {
-            let call = service_fn(move |call: Call| handler.clone().call(call, state.clone()));
-            let service = ServiceBuilder::new()
-                .layer(Measure)
-                .layer(Timeout(options.handler_timeout))
-                .layer(CatchPanic)
-                .service(call);
-            Route {
-                target: H::Event::name().into(),
-                schema: schema::of::<H::Event>(),
-                decode: decode_as::<H::Event>(),
-                batch: H::BATCH,
-                service: BoxCloneSyncService::new(service),
-            }
-        };
-        self.routes.insert(H::Event::name(), Box::new(make));
-        self
-    }
-
-    /// Accepts an older version of an event too, made into a newer one before its handler sees it. Upcasters follow one another: with one from 1 to
-    /// 2 and one from 2 to 3, a handler of version 3 gets all three.
-    ///
-    /// Of an event that was published in several versions, the highest that is accepted takes effect; the others are acknowledged.
-    #[must_use]
-    pub fn upcast<Old: Event, New: Event>(mut self, upcast: fn(Old) -> New) -> Self {
-        const { assert!(Old::VERSION < New::VERSION, "an upcaster leads to a newer version") };
-        let convert = move |event: AnyEvent| {
-            let old = event.downcast_ref::<Old>()?.clone();
-            Some(Arc::new(upcast(old)) as AnyEvent)
-        };
-        self.upcasters.push(Upcaster {
-            from: Old::name(),
-            to: New::name(),
-            schema: schema::of::<Old>(),
-            decode: decode_as::<Old>(),
-            convert: Arc::new(convert),
-        });
-        self
-    }
-
-    /// Wraps all handlers in a tower layer, outside of the library's own.
-    #[must_use]
-    pub fn layer<L>(mut self, layer: L) -> Self
-    where
-        L: Layer<HandlerService> + Send + 'static,
-        L::Service: Service<Call, Response = (), Error = Failure> + Clone + Send + Sync + 'static,
-        <L::Service as Service<Call>>::Future: Send + 'static,
-    {
-        self.layers.push(Box::new(move |inner| BoxCloneSyncService::new(layer.layer(inner))));
-        self
-    }
-
-    /// Pauses while this breaker, around what its handlers call, is open: nothing is fetched, what is held is kept alive, and no failure is
-    /// counted. Half-open, batches are as large as the probes are many.
-    #[must_use]
-    pub fn behind(self, breaker: &Breaker) -> Self {
-        Self { breaker: Some(breaker.clone()), ..self }
-    }
-
-    /// Ready to run: handlers get `state` through `State`.
-    pub fn with_state(self, state: S) -> ReadyConsumer {
-        let options = self.options;
-        let mut routes: HashMap<String, Route> = self
-            .routes
-            .into_iter()
-            .map(|(name, make)| {
-                let mut route = make(state.clone(), options);
-                for layer in &self.layers {
-                    route.service = layer(route.service);
-                }
-                (name, route)
-            })
-            .collect();
-        let handled: Vec<(String, Route)> = routes.iter().map(|(n, r)| (n.clone(), r.clone())).collect();
-        for (name, route) in handled {
-            reach(&mut routes, &self.upcasters, &name, &route, &(Arc::new(Some) as Convert));
-        }
-        let breaker = self.breaker;
-        ReadyConsumer { name: self.name.as_str().into(), stream: self.stream, options, routes, breaker }
-    }
-}
-
-fn decode_as<E: Event>() -> Decode {
-    Arc::new(|value| Ok(Arc::new(serde_json::from_value::<E>(value)?) as AnyEvent))
-}
-
-/// Adds routes for all older versions from which upcasters lead to `name`, and from there by `rest` to the handler of `route`. A version that has a
-/// handler of its own keeps it.
-fn reach(
-    routes: &mut HashMap<String, Route>,
-    upcasters: &[Upcaster],
-    name: &str,
-    route: &Route,
-    rest: &Convert,
-) {
-    for upcaster in upcasters.iter().filter(|u| u.to == name) {
-        if routes.contains_key(&upcaster.from) {
-            continue;
-        }
-        let (first, rest) = (Arc::clone(&upcaster.convert), Arc::clone(rest));
-        let convert: Convert = Arc::new(move |event| rest(first(event)?));
-        let (decode, whole) = (Arc::clone(&upcaster.decode), Arc::clone(&convert));
-        let decode: Decode = Arc::new(move |value| {
-            let old = decode(value)?;
-            whole(old).ok_or_else(|| serde::de::Error::custom("an upcaster was given another event"))
-        });
-        let older = Route { schema: Arc::clone(&upcaster.schema), decode, ..route.clone() };
-        routes.insert(upcaster.from.clone(), older);
-        reach(routes, upcasters, &upcaster.from, route, &convert);
-    }
-}
-
-/// A consumer with its state, to be handed to a [`crate::Service`].
-pub struct ReadyConsumer {
-    name: Arc<str>,
-    stream: String,
-    options: ConsumerOptions,
-    routes: HashMap<String, Route>,
-    breaker: Option<Breaker>,
-}
-
-impl ReadyConsumer {
-    pub(crate) fn wrap(&mut self, layer: &dyn Fn(HandlerService) -> HandlerService) {
-        for route in self.routes.values_mut() {
-            route.service = layer(route.service.clone());
-        }
-    }
-
-    pub(crate) fn breaker(&self) -> Option<&Breaker> {
-        self.breaker.as_ref()
-    }
-
-    /// Its name, by which the inbox knows it.
-    pub fn name(&self) -> &str {
-        &self.name
-    }
-
-    /// The stream it reads.
-    pub fn stream(&self) -> &str {
-        &self.stream
-    }
-
-    /// Its options.
-    pub fn options(&self) -> &ConsumerOptions {
-        &self.options
-    }
-
-    /// The durable that brings it the events of a lane.
-    pub fn durable(&self, lane: Lane) -> String {
-        match lane {
-            Lane::Express => format!("{}-express", self.name),
-            Lane::Standard => self.name.to_string(),
-        }
-    }
-
-    /// What it asks of the broker for a lane.
-    ///
-    /// Failures are counted in the database, and decided on there. The broker's own limit is the backstop for what kills the process or
-    /// loses its acknowledgements: what it gives up is taken up from its advisories.
-    pub fn broker_config(&self, lane: Lane) -> ConsumerConfig {
-        let lane_name = lane.as_str();
-        let mut filters: Vec<String> = self
-            .routes
-            .keys()
-            .flat_map(|name| [format!("{name}.{lane_name}"), format!("{name}.{lane_name}.>")])
-            .collect();
-        filters.sort();
-        ConsumerConfig {
-            ack_wait: self.options.ack_wait,
-            max_deliver: Some(self.options.retry.limit),
-            max_ack_pending: self.options.batch * 4,
-            ..ConsumerConfig::new(&self.durable(lane), filters)
-        }
-    }
-
-    /// Runs both lanes until told to stop.
-    pub(crate) async fn run(self, db: Db, broker: Arc<dyn Broker>, stop: CancellationToken) {
-        let (consumer, turns) = (Arc::new(self), Arc::new(Turns::default()));
-        let lane = |lane| {
-            let (consumer, turns) = (Arc::clone(&consumer), Arc::clone(&turns));
-            Worker { consumer, lane, turns, db: db.clone(), broker: Arc::clone(&broker), stop: stop.clone() }
-                .run()
-        };
-        tokio::join!(lane(Lane::Express), lane(Lane::Standard));
-    }
-}
+/// How often a filter that is not yet as asked for is looked at, in the first minute and after it.
+const BIND_AGAIN: [Duration; 2] = [Duration::from_secs(5), Duration::from_secs(30)];
+const FIRST: Duration = Duration::from_secs(60);
+/// A version that another one stands for is given back so often, for so long, until the other one is known to have come.
+const STAND_IN: [Duration; 3] = [Duration::from_secs(1), Duration::from_secs(5), Duration::from_secs(30)];
 
 /// Who goes first: express events, but the others get their turn.
 #[derive(Debug, Default)]
-struct Turns {
+pub(super) struct Turns {
     express_at_work: AtomicBool,
     express_seen: Mutex<Option<Instant>>,
     express_done: Notify,
@@ -363,47 +79,75 @@ struct Entry<'a> {
     route: &'a Route,
 }
 
-/// An event that no handler will see.
-struct Reject {
-    reason: Reason,
-    error: String,
-    envelope: Option<Box<Envelope>>,
-}
-
-struct Worker {
+pub(super) struct Worker {
     consumer: Arc<ReadyConsumer>,
     lane: Lane,
     turns: Arc<Turns>,
+    readers: Arc<Readers>,
     db: Db,
     broker: Arc<dyn Broker>,
     stop: CancellationToken,
+    binding: Mutex<Arc<Binding>>,
 }
 
 impl Worker {
-    async fn run(self) {
-        let config = self.consumer.broker_config(self.lane);
-        let (name, stream) = (config.durable.as_str(), self.consumer.stream.as_str());
+    pub(super) fn new(
+        consumer: Arc<ReadyConsumer>,
+        lane: Lane,
+        turns: Arc<Turns>,
+        readers: Arc<Readers>,
+        db: Db,
+        broker: Arc<dyn Broker>,
+        stop: CancellationToken,
+    ) -> Self {
+        Self { consumer, lane, turns, readers, db, broker, stop, binding: Mutex::default() }
+    }
+
+    fn binding(&self) -> Arc<Binding> {
+        Arc::clone(&self.binding.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    pub(super) async fn run(self) {
+        let durable = self.consumer.durable(self.lane);
+        let (name, stream) = (durable.as_str(), self.consumer.stream.as_str());
         let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(10));
-        let mut bound = false;
+        let (mut bound, mut bind_again, mut changed) = (false, Instant::now(), Instant::now());
         let mut redrive = self.db.redrive_wake().subscribe();
         redrive.mark_changed();
         while !self.stop.is_cancelled() {
-            if !bound {
-                if let Err(error) = self.broker.ensure_consumer(stream, &config).await {
-                    let delay = backoff.next();
-                    tracing::warn!(consumer = name, stream, %error, retry_in = ?delay, "the consumer cannot be made yet");
-                    tokio::select! {
-                        () = tokio::time::sleep(delay) => {}
-                        () = self.stop.cancelled() => {}
+            if !bound || (!self.binding().is_final() && Instant::now() >= bind_again) {
+                let before = self.binding();
+                let (broker, readers) = (self.broker.as_ref(), &self.readers);
+                match binding::bind(broker, readers, &self.consumer, self.lane, &before).await {
+                    Ok(binding) => {
+                        if binding.filters != before.filters {
+                            changed = Instant::now();
+                        }
+                        let [soon, later] = BIND_AGAIN;
+                        let wait = if changed.elapsed() < FIRST { soon } else { later };
+                        *self.binding.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(binding);
+                        (bound, bind_again) = (true, Instant::now() + wait);
+                        backoff.reset();
                     }
-                    continue;
+                    Err(error) => {
+                        let (delay, error) = (backoff.next(), telemetry::chain(error.as_ref()));
+                        tracing::warn!(consumer = name, stream, error, retry_in = ?delay, "the consumer cannot be made yet");
+                        tokio::select! {
+                            () = tokio::time::sleep(delay) => {}
+                            () = self.stop.cancelled() => {}
+                        }
+                        continue;
+                    }
                 }
-                bound = true;
-                backoff.reset();
             }
+            let holds_back = self.binding().holds_back;
             let batch = self.batch();
             let fetch = async {
                 match &self.consumer.breaker {
+                    _ if holds_back => {
+                        tokio::time::sleep_until(bind_again).await;
+                        Ok(Vec::new())
+                    }
                     Some(breaker) if breaker.permits() == 0 => {
                         breaker.ready().await;
                         Ok(Vec::new())
@@ -492,18 +236,25 @@ impl Worker {
 
     async fn process(&self, deliveries: &[Delivery]) {
         let mut entries = Vec::with_capacity(deliveries.len());
-        let mut superseded = Vec::new();
+        let mut others = Vec::new();
+        let binding = self.binding();
         for d in deliveries {
-            match self.decode(&d.message) {
-                Ok((incoming, _)) if self.is_superseded(&incoming.envelope) => {
-                    superseded.push((d.reply.clone(), Settlement::Ack));
-                }
+            let decoded = self.consumer.decode(&d.message.message, self.db.clock().now());
+            let envelope = match &decoded {
+                Ok((incoming, _)) => Some(&*incoming.envelope),
+                Err(reject) if reject.reason == Reason::Unaccepted => reject.envelope.as_deref(),
+                Err(_) => None,
+            };
+            if let Some(better) = envelope.and_then(|e| self.better_version(e, &binding)) {
+                others.push((d, better, decoded));
+                continue;
+            }
+            match decoded {
                 Ok((incoming, route)) => entries.push(Entry { delivery: d, incoming, route }),
                 Err(reject) => self.reject(d, reject).await,
             }
         }
-        self.count("superseded", superseded.len());
-        self.settle(superseded).await;
+        self.stand_in(others, &mut entries).await;
         // Depth first: what a failure splits off is tried before what follows it.
         let mut stack = vec![entries];
         let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(10));
@@ -553,11 +304,70 @@ impl Worker {
         }
     }
 
-    /// Whether the same event comes, or came, in a higher version that is accepted here. It is not claimed then: it takes effect as that one.
-    fn is_superseded(&self, envelope: &Envelope) -> bool {
-        let accepted =
-            |version: u32| self.consumer.routes.contains_key(&format!("{}.v{version}", envelope.event_type));
-        envelope.siblings.iter().any(|v| *v > envelope.version && accepted(*v))
+    /// The version of the same event that takes effect here instead of this one: the highest that can be read and is asked for.
+    fn better_version(&self, envelope: &Envelope, binding: &Binding) -> Option<u32> {
+        if envelope.siblings.is_empty() {
+            return None;
+        }
+        let routes = &self.consumer.routes;
+        let name = |version: u32| format!("{}.v{version}", envelope.event_type);
+        let readable = routes.contains_key(&envelope.name());
+        let better = |v: &u32| *v != envelope.version && (!readable || *v > envelope.version);
+        let comes = |v: &u32| routes.contains_key(&name(*v)) && binding.brings(&name(*v), self.lane);
+        envelope.siblings.iter().copied().filter(|v| better(v) && comes(v)).max()
+    }
+
+    /// Deals with versions that another one takes effect for. That it really comes is not taken for granted, for filters and replicas change:
+    /// until it is known to have come, this one is given back, and in the end takes effect itself.
+    async fn stand_in<'a>(
+        &'a self,
+        others: Vec<(&'a Delivery, u32, Decoded<'a>)>,
+        entries: &mut Vec<Entry<'a>>,
+    ) {
+        if others.is_empty() {
+            return;
+        }
+        let id = |decoded: &Decoded<'_>| match decoded {
+            Ok((incoming, _)) => Some(incoming.envelope.id),
+            Err(reject) => reject.envelope.as_ref().map(|e| e.id),
+        };
+        let here: HashSet<(EventId, u32)> =
+            entries.iter().map(|e| (e.incoming.envelope.id, e.incoming.envelope.version)).collect();
+        let ask = others.iter().filter_map(|(_, better, decoded)| Some((id(decoded)?, *better)));
+        let ask: Vec<EventId> = ask.filter(|pair| !here.contains(pair)).map(|(id, _)| id).collect();
+        let come = match inbox::come(&self.db, &self.consumer.name, &ask).await {
+            Ok(come) => come,
+            Err(error) => {
+                // Not settled: they come again.
+                tracing::warn!(
+                    consumer = &*self.consumer.name,
+                    error = telemetry::chain(&error),
+                    "what came before cannot be read"
+                );
+                return;
+            }
+        };
+        let mut settlements = Vec::with_capacity(others.len());
+        let mut superseded = 0;
+        for (delivery, better, decoded) in others {
+            let has_come = id(&decoded).is_some_and(|id| come.contains(&id) || here.contains(&(id, better)));
+            // What can be read takes effect a little earlier than what cannot is buried.
+            let patience = if decoded.is_ok() { STAND_IN.len() - 1 } else { STAND_IN.len() };
+            let delay = STAND_IN[..patience].get(delivery.delivered.saturating_sub(1) as usize);
+            match (has_come, delay, decoded) {
+                (true, ..) => {
+                    superseded += 1;
+                    settlements.push((delivery.reply.clone(), Settlement::Ack));
+                }
+                (false, Some(delay), _) => {
+                    settlements.push((delivery.reply.clone(), Settlement::Nak(*delay)));
+                }
+                (false, None, Ok((incoming, route))) => entries.push(Entry { delivery, incoming, route }),
+                (false, None, Err(reject)) => self.reject(delivery, reject).await,
+            }
+        }
+        self.count("superseded", superseded);
+        self.settle(settlements).await;
     }
 
     async fn pause(&self, delay: Duration) {
@@ -565,25 +375,6 @@ impl Worker {
         if let Some(breaker) = &self.consumer.breaker {
             breaker.ready().await;
         }
-    }
-
-    fn decode(&self, stored: &StoredMessage) -> Result<(Incoming, &Route), Reject> {
-        let undecodable = |error: String| Reject { reason: Reason::Undecodable, error, envelope: None };
-        let envelope = Envelope::from_message(&stored.message).map_err(|e| undecodable(e.to_string()))?;
-        let reject = |reason, error| Reject { reason, error, envelope: Some(Box::new(envelope.clone())) };
-        let Some(route) = self.consumer.routes.get(&envelope.name()) else {
-            return Err(reject(Reason::Unaccepted, format!("{} is not accepted here", envelope.name())));
-        };
-        let horizon = self.consumer.options.inbox_retention;
-        if self.db.clock().now().since(envelope.time) > horizon {
-            let error = format!("older than the inbox remembers ({horizon:?}): it may have been handled");
-            return Err(reject(Reason::BeyondHorizon, error));
-        }
-        let value: Value = serde_json::from_slice(&stored.message.payload)
-            .map_err(|e| reject(Reason::Undecodable, format!("the payload is not JSON: {e}")))?;
-        route.schema.validate(&value).map_err(|e| reject(Reason::BreaksSchema, e.to_string()))?;
-        let event = (route.decode)(value).map_err(|e| reject(Reason::BreaksSchema, e.to_string()))?;
-        Ok((Incoming { envelope: Arc::new(envelope), event }, route))
     }
 
     /// One transaction: claim, handle, commit. Events claimed before are passed over.
@@ -628,6 +419,7 @@ impl Worker {
         }
         slot.take()?.commit().await?;
         self.count("handled", fresh.len());
+        self.readers.handled(fresh.iter().map(|e| &*e.incoming.envelope));
         if tracing::enabled!(tracing::Level::DEBUG) {
             for Entry { incoming: Incoming { envelope, .. }, .. } in &fresh {
                 tracing::debug!(
@@ -820,7 +612,7 @@ impl Worker {
         if !dead_letter::begin_redrive(&self.db, id).await? {
             return Ok(());
         }
-        let (incoming, route) = match self.decode(stored) {
+        let (incoming, route) = match self.consumer.decode(&stored.message, self.db.clock().now()) {
             Ok(decoded) => decoded,
             Err(reject) => return Err(reject.error.into()),
         };
