@@ -40,7 +40,7 @@ impl RetryPolicy {
 pub(crate) fn delay(base: Duration, cap: Duration, n: u32) -> Duration {
     let ceiling = base.saturating_mul(2u32.saturating_pow(n.min(20) + 1)).min(cap).max(base);
     let floor = (ceiling / 2).max(base);
-    floor + (ceiling - floor).mul_f64(rand::rng().random::<f64>())
+    floor + ceiling.saturating_sub(floor).mul_f64(rand::rng().random::<f64>())
 }
 
 /// Waits of a loop that tries again until it works.
