@@ -3,7 +3,7 @@
 //! Failures are counted, not deliveries: a killed process or a database outage costs an event nothing. If one event of a batch
 //! fails, it is set aside and the rest runs again without it; it then runs alone, and its fate is decided in [`Worker::failed`].
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -77,6 +77,19 @@ struct Entry<'a> {
     delivery: &'a Delivery,
     incoming: Incoming,
     route: &'a Route,
+}
+
+/// What goes to one handler together, in the order in which the first of each came.
+fn by_handler<'a, E>(entries: Vec<E>, target: impl Fn(&E) -> &'a Arc<str>) -> Vec<Vec<E>> {
+    let mut groups: Vec<(&Arc<str>, Vec<E>)> = Vec::new();
+    for entry in entries {
+        let to = target(&entry);
+        match groups.iter_mut().find(|(target, _)| *target == to) {
+            Some((_, group)) => group.push(entry),
+            None => groups.push((to, vec![entry])),
+        }
+    }
+    groups.into_iter().map(|(_, group)| group).collect()
 }
 
 pub(super) struct Worker {
@@ -256,7 +269,15 @@ impl Worker {
         }
         self.stand_in(others, &mut entries).await;
         // Depth first: what a failure splits off is tried before what follows it.
-        let mut stack = vec![entries];
+        let mut stack = if self.db.is_shared() {
+            // In one transaction the rows that one handler has locked, in whatever order, would be held while the next one locks its own, and
+            // replicas would wait for each other in a circle.
+            let mut by_handler = by_handler(entries, |e| &e.route.target);
+            by_handler.reverse();
+            by_handler
+        } else {
+            vec![entries]
+        };
         let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(10));
         while let Some(mut group) = stack.pop() {
             if group.is_empty() {
@@ -402,11 +423,7 @@ impl Worker {
                 .await?;
         }
         let slot = Slot::new(tx);
-        let mut by_route: BTreeMap<&str, Vec<&Entry<'_>>> = BTreeMap::new();
-        for e in &fresh {
-            by_route.entry(&e.route.target).or_default().push(e);
-        }
-        for entries in by_route.into_values() {
+        for entries in by_handler(fresh.clone(), |e| &e.route.target) {
             let route = entries[0].route;
             if route.batch {
                 let events = entries.iter().map(|e| e.incoming.clone()).collect();

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use axum::extract::State;
 use bytes::Bytes;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -23,10 +24,12 @@ use crate::broker::embedded::EmbeddedBroker;
 use crate::config::ServiceConfig;
 use crate::db::Json;
 use crate::event::{Cause, Lane};
-use crate::handler::Failure;
+use crate::handler::{Batch, Failure};
 use crate::http::idempotency;
 use crate::tasks::{Leased, Task, TaskHandler, TaskOptions};
-use crate::{Clock, Db, DbError, Emission, Event, Migration, Service, Timestamp, Tx, inbox};
+use crate::{
+    Clock, Consumer, ConsumerOptions, Db, DbError, Emission, Event, Migration, Service, Timestamp, Tx, inbox,
+};
 
 /// A database under test, on real time.
 pub trait Subject: Sync {
@@ -57,6 +60,12 @@ struct Counted {
     n: u32,
 }
 
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema, Event)]
+#[event(type = "things.weighed", version = 1)]
+struct Weighed {
+    n: u32,
+}
+
 #[derive(Clone, Debug, Serialize, Deserialize)]
 struct Tick {
     n: u32,
@@ -81,6 +90,10 @@ pub async fn run(subject: &impl Subject) {
         ("what a replica left behind is published by another", Box::pin(left_behind(subject))),
         ("tasks run once, whoever runs them", Box::pin(tasks(subject))),
         ("express tasks run first", Box::pin(express_tasks_first(subject))),
+        (
+            "replicas that handle several kinds of events do not wait for each other in a circle",
+            Box::pin(several_kinds(subject)),
+        ),
         ("an idempotency key has one answer", Box::pin(idempotency_keys(subject))),
         ("concurrent changes of one row add up", Box::pin(concurrent_changes(subject))),
         ("migrations run once, however many start together", Box::pin(migrations(subject))),
@@ -463,6 +476,85 @@ async fn tasks(subject: &impl Subject) {
     runs.sort_unstable();
     assert_eq!((runs, left), ((0..200).collect::<Vec<u32>>(), 0));
     assert_eq!(count(&db, "ticks").await, 200);
+    for r in running {
+        r.shutdown(Duration::from_secs(5)).await;
+    }
+}
+
+/// All replicas have changed their first row before any goes on to another.
+#[derive(Clone)]
+struct Rendezvous {
+    replicas: u32,
+    calls: Arc<AtomicU32>,
+    met: Arc<Notify>,
+}
+
+async fn counted(
+    Batch(events): Batch<Counted>,
+    State(all): State<Rendezvous>,
+    mut tx: Tx,
+) -> Result<(), Failure> {
+    touch(&mut tx, events.iter().map(|e| e.n).collect()).await?;
+    let met = all.met.notified();
+    if all.calls.fetch_add(1, Ordering::SeqCst) + 1 < all.replicas {
+        met.await;
+    } else {
+        all.met.notify_waiters();
+    }
+    Ok(())
+}
+
+async fn weighed(Batch(events): Batch<Weighed>, mut tx: Tx) -> Result<(), Failure> {
+    touch(&mut tx, events.iter().map(|e| e.n).collect()).await
+}
+
+async fn touch(tx: &mut Tx, mut rows: Vec<u32>) -> Result<(), Failure> {
+    rows.sort_unstable();
+    for n in rows {
+        add(tx, &n.to_string(), 1).await?;
+    }
+    Ok(())
+}
+
+async fn several_kinds(subject: &impl Subject) {
+    let db = subject.fresh().await;
+    let other = subject.replica(&db).await;
+    let broker = Arc::new(EmbeddedBroker::memory(Clock::system()));
+    let service = |db: &Db| {
+        let broker = Arc::clone(&broker) as Arc<dyn Broker>;
+        let service = Service::new(ServiceConfig::default(), db.clone(), broker, "test");
+        service.stream(StreamConfig::new("THINGS", &["things.>"]))
+    };
+    let publisher = service(&db).start().await.expect("a service");
+    let mut tx = db.begin().await.expect("a transaction");
+    tx.query("INSERT INTO counters (name, n) VALUES ('1', 0), ('2', 0)").execute().await.expect("rows");
+    // One batch has the rows in one order, the other one in the other.
+    for (counted, weighed) in [(1, 2), (2, 1)] {
+        tx.emit(Emission::new(Counted { n: counted }, "c", 1)).expect("an event");
+        tx.emit(Emission::new(Weighed { n: weighed }, "w", 1)).expect("an event");
+    }
+    tx.commit().await.expect("a commit");
+    until("published", async || db.outbox_depth() == 0).await;
+    let replicas = 1 + u32::from(other.is_some());
+    let all = Rendezvous { replicas, calls: Arc::default(), met: Arc::default() };
+    let options = ConsumerOptions { batch: 2, ..ConsumerOptions::default() };
+    let mut running = vec![publisher];
+    for db in std::iter::once(&db).chain(&other) {
+        let consumer = Consumer::new("both", "THINGS").options(options).on(counted).on(weighed);
+        let service = service(db).consumer(consumer.with_state(all.clone()));
+        running.push(service.start().await.expect("a service"));
+    }
+    until("all is handled", async || {
+        let sum: i64 =
+            db.query("SELECT CAST(SUM(n) AS BIGINT) AS n FROM counters").fetch_scalar().await.expect("a sum");
+        sum == 4
+    })
+    .await;
+    assert_eq!(
+        all.calls.load(Ordering::SeqCst),
+        2,
+        "a batch ran again: its replica was the victim of a deadlock"
+    );
     for r in running {
         r.shutdown(Duration::from_secs(5)).await;
     }
