@@ -59,7 +59,7 @@ pub async fn run(command: Command, replicas: &[Client], format: Format) -> Resul
         );
     }
     if format == Format::Json {
-        println!("{}", serde_json::to_string_pretty(&shown)?);
+        outln!("{}", serde_json::to_string_pretty(&shown)?);
         return Ok(());
     }
     let mut table = Table::new();
@@ -88,7 +88,7 @@ pub async fn run(command: Command, replicas: &[Client], format: Format) -> Resul
             s.rejected.to_string(),
         ]);
     }
-    println!("{table}");
+    outln!("{table}");
     Ok(())
 }
 

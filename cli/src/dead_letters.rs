@@ -119,7 +119,7 @@ pub async fn run(command: Command, services: &Services, format: Format) -> Resul
             for (_, client) in services {
                 match client.get::<Value>(&format!("/admin/dead-letters/{id}")).await {
                     Ok(letter) => {
-                        println!("{}", serde_json::to_string_pretty(&letter)?);
+                        outln!("{}", serde_json::to_string_pretty(&letter)?);
                         return Ok(());
                     }
                     Err(ClientError::Refused { status: 404, .. }) => {}
@@ -204,10 +204,10 @@ fn print_changed(service: &str, ids: &[String], action: &str, dry_run: bool, for
     for id in ids {
         match format {
             Format::Json => {
-                println!("{}", json!({"service": service, "id": id, "action": action, "dry_run": dry_run}));
+                outln!("{}", json!({"service": service, "id": id, "action": action, "dry_run": dry_run}));
             }
             Format::Table => {
-                println!("{service}  {id}  {action}{}", if dry_run { " (dry run)" } else { "" });
+                outln!("{service}  {id}  {action}{}", if dry_run { " (dry run)" } else { "" });
             }
         }
     }
@@ -215,7 +215,7 @@ fn print_changed(service: &str, ids: &[String], action: &str, dry_run: bool, for
 
 fn print_list(letters: &[Value], format: Format) -> Result<(), BoxError> {
     if format == Format::Json {
-        println!("{}", serde_json::to_string_pretty(letters)?);
+        outln!("{}", serde_json::to_string_pretty(letters)?);
         return Ok(());
     }
     let columns = ["id", "consumer", "event", "reason", "attempts", "redrives", "dead_at", "error"];
@@ -224,7 +224,7 @@ fn print_list(letters: &[Value], format: Format) -> Result<(), BoxError> {
     for letter in letters {
         table.add_row(columns.map(|c| text(&letter[c])));
     }
-    println!("{table}\n{} dead letter(s)", letters.len());
+    outln!("{table}\n{} dead letter(s)", letters.len());
     Ok(())
 }
 

@@ -1,4 +1,8 @@
 //! The `consign` command: every service in one process, and the operators' tools.
+#![warn(clippy::print_stdout, reason = "it panics when the reader has gone; use `outln!`")]
+
+#[macro_use]
+mod output;
 
 mod asyncapi;
 mod breaker;
@@ -7,7 +11,6 @@ pub mod config;
 mod dead_letters;
 mod load;
 mod orders;
-mod output;
 mod payments;
 mod reconcile;
 mod schema;
@@ -210,9 +213,9 @@ async fn dispatch(cli: Cli) -> Result<ExitCode, Exit> {
                 return Ok(ExitCode::from(1));
             }
         }
-        Command::Config(ConfigCommand::Check) => println!("the configuration is valid"),
+        Command::Config(ConfigCommand::Check) => outln!("the configuration is valid"),
         Command::Config(ConfigCommand::Show) => {
-            print!("{}", toml::to_string_pretty(&config).map_err(cannot)?);
+            out!("{}", toml::to_string_pretty(&config).map_err(cannot)?);
         }
         Command::Schema(command) => {
             let services = [order, inventory, payment];

@@ -290,7 +290,7 @@ fn report(orders: u64, accepted: u64, accepting: f64, total: Tally, ended: &[End
 
 fn print(r: &Report, format: Format) -> Result<(), BoxError> {
     if format == Format::Json {
-        println!("{}", serde_json::to_string(r)?);
+        outln!("{}", serde_json::to_string(r)?);
         return Ok(());
     }
     let mut table = Table::new();
@@ -309,12 +309,12 @@ fn print(r: &Report, format: Format) -> Result<(), BoxError> {
     };
     row("accepted", r.accepted, r.accepted_per_second, &r.to_accepted_ms);
     row("completed", r.completed, r.completed_per_second, &r.to_completed_ms);
-    println!("{table}");
+    outln!("{table}");
     for (outcome, n) in &r.outcomes {
-        println!("{outcome}: {n}");
+        outln!("{outcome}: {n}");
     }
     for (why, n) in &r.refused {
-        println!("refused ({why}): {n}");
+        outln!("refused ({why}): {n}");
     }
     Ok(())
 }

@@ -144,7 +144,7 @@ async fn refund(client: &Client, r: Refund, format: Format) -> Result<(), BoxErr
         refund = ours.cloned().unwrap_or(refund);
     }
     if format == Format::Json {
-        println!("{}", serde_json::to_string_pretty(&refund)?);
+        outln!("{}", serde_json::to_string_pretty(&refund)?);
         return Ok(());
     }
     let mut table = Table::new();
@@ -153,7 +153,7 @@ async fn refund(client: &Client, r: Refund, format: Format) -> Result<(), BoxErr
             table.add_row([key.to_owned(), text(&refund[key])]);
         }
     }
-    println!("{table}");
+    outln!("{table}");
     Ok(())
 }
 
@@ -166,7 +166,7 @@ fn item(text: &str) -> Result<Value, String> {
 
 fn show(order: &Value, format: Format) -> Result<(), BoxError> {
     if format == Format::Json {
-        println!("{}", serde_json::to_string_pretty(order)?);
+        outln!("{}", serde_json::to_string_pretty(order)?);
         return Ok(());
     }
     let mut table = Table::new();
@@ -189,7 +189,7 @@ fn show(order: &Value, format: Format) -> Result<(), BoxError> {
             table.add_row([key.to_owned(), text(&order[key])]);
         }
     }
-    println!("{table}");
+    outln!("{table}");
     Ok(())
 }
 
@@ -202,7 +202,7 @@ async fn list(client: &Client, l: &List, format: Format) -> Result<(), BoxError>
     ];
     let page: Value = client.query("/orders", &query).await?;
     if format == Format::Json {
-        println!("{}", serde_json::to_string_pretty(&page)?);
+        outln!("{}", serde_json::to_string_pretty(&page)?);
         return Ok(());
     }
     let columns = ["id", "status", "reason", "customer_id", "total", "currency", "created_at"];
@@ -211,7 +211,7 @@ async fn list(client: &Client, l: &List, format: Format) -> Result<(), BoxError>
     for order in page["orders"].as_array().into_iter().flatten() {
         table.add_row(columns.map(|c| text(&order[c])));
     }
-    println!("{table}");
+    outln!("{table}");
     Ok(())
 }
 
@@ -223,9 +223,9 @@ async fn watch(client: &Client, id: &str, limit: Duration, format: Format) -> Re
         let events = timeline["events"].as_array().cloned().unwrap_or_default();
         for event in events.iter().skip(seen) {
             match format {
-                Format::Json => println!("{event}"),
+                Format::Json => outln!("{event}"),
                 Format::Table => {
-                    println!(
+                    outln!(
                         "{}  {:<24} {}",
                         text(&event["at"]),
                         text(&event["event"]),

@@ -44,7 +44,7 @@ pub async fn run(command: Command, client: &Client, format: Format) -> Result<bo
             if payment.is_null() {
                 return Err(format!("there is no payment of order {order}").into());
             }
-            println!("{}", serde_json::to_string_pretty(&payment)?);
+            outln!("{}", serde_json::to_string_pretty(&payment)?);
             return Ok(true);
         }
         Command::Stuck { after } => {
@@ -68,11 +68,11 @@ pub async fn run(command: Command, client: &Client, format: Format) -> Result<bo
     let rows = page[key].as_array().cloned().unwrap_or_default();
     let fine = key != "stuck" || rows.is_empty();
     if format == Format::Json {
-        println!("{}", serde_json::to_string_pretty(&page)?);
+        outln!("{}", serde_json::to_string_pretty(&page)?);
         return Ok(fine);
     }
     if key == "stuck" && rows.is_empty() {
-        println!("nothing is stuck");
+        outln!("nothing is stuck");
         return Ok(fine);
     }
     let mut table = Table::new();
@@ -80,7 +80,7 @@ pub async fn run(command: Command, client: &Client, format: Format) -> Result<bo
     for row in &rows {
         table.add_row(columns.iter().map(|c| text(&row[*c])));
     }
-    println!("{table}");
+    outln!("{table}");
     Ok(fine)
 }
 
@@ -163,9 +163,9 @@ pub async fn gateway(command: GatewayCommand, replicas: &[Client], format: Forma
         shown.push(knobs);
     }
     if format == Format::Json {
-        println!("{}", serde_json::to_string_pretty(&shown)?);
+        outln!("{}", serde_json::to_string_pretty(&shown)?);
     } else {
-        println!("{table}");
+        outln!("{table}");
     }
     Ok(())
 }

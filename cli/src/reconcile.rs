@@ -15,7 +15,7 @@ pub async fn run(services: &[(&'static str, Client); 3], format: Format) -> Resu
         reports.push((*service, report));
     }
     if format == Format::Json {
-        println!("{}", serde_json::to_string_pretty(&reports)?);
+        outln!("{}", serde_json::to_string_pretty(&reports)?);
         return Ok(());
     }
     let mut table = Table::new();
@@ -34,10 +34,10 @@ pub async fn run(services: &[(&'static str, Client); 3], format: Format) -> Resu
             ]);
         }
     }
-    println!("{table}");
+    outln!("{table}");
     for (service, report) in &reports {
         for durable in &report.rewound {
-            println!("{service}: {durable} stood ahead of its stream and begins anew");
+            outln!("{service}: {durable} stood ahead of its stream and begins anew");
         }
     }
     Ok(())

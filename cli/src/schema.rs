@@ -31,7 +31,7 @@ pub enum Command {
     Check {
         /// An event such as orders.created.v1, or a file.
         schema: String,
-        /// The events; standard input if none is named.
+        /// The events; standard input if none is named, or as `-`.
         files: Vec<PathBuf>,
     },
     /// Name the differences between two schemas.
@@ -90,6 +90,9 @@ pub enum Document {
     Html,
 }
 
+/// Standard input among files.
+const STDIN: &str = "-";
+
 /// In which directions two versions have to understand each other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Need {
@@ -123,7 +126,7 @@ pub async fn run(
             };
             match output {
                 Some(path) => std::fs::write(&path, text).map_err(|e| format!("{}: {e}", path.display()))?,
-                None => print!("{text}"),
+                None => out!("{text}"),
             }
             Ok(true)
         }
@@ -136,7 +139,7 @@ pub async fn run(
         }
         Command::List => list(format).map(|()| true),
         Command::Show { schema } => {
-            println!("{}", serde_json::to_string_pretty(&find(&schema)?)?);
+            outln!("{}", serde_json::to_string_pretty(&find(&schema)?)?);
             Ok(true)
         }
         Command::Check { schema, files } => check(&schema, &files, format),
@@ -166,7 +169,7 @@ fn list(format: Format) -> Result<(), BoxError> {
         let listed = schemas
             .iter()
             .map(|(name, s)| json!({"name": name, "id": s["$id"], "description": s["description"]}));
-        println!("{}", serde_json::to_string_pretty(&listed.collect::<Vec<_>>())?);
+        outln!("{}", serde_json::to_string_pretty(&listed.collect::<Vec<_>>())?);
         return Ok(());
     }
     let mut table = Table::new();
@@ -174,7 +177,7 @@ fn list(format: Format) -> Result<(), BoxError> {
     for (name, schema) in &schemas {
         table.add_row([name.clone(), text(&schema["description"])]);
     }
-    println!("{table}");
+    outln!("{table}");
     Ok(())
 }
 
@@ -189,14 +192,16 @@ struct Checked {
 fn check(named: &str, files: &[PathBuf], format: Format) -> Result<bool, BoxError> {
     let schema = CompiledSchema::parse(named, find(named)?)?;
     let mut sources = Vec::new();
-    for file in files {
-        let bytes = std::fs::read(file).map_err(|e| format!("{}: {e}", file.display()))?;
-        sources.push((file.display().to_string(), bytes));
-    }
-    if files.is_empty() {
-        let mut bytes = Vec::new();
-        std::io::stdin().read_to_end(&mut bytes)?;
-        sources.push(("standard input".to_owned(), bytes));
+    let stdin = [PathBuf::from(STDIN)];
+    for file in if files.is_empty() { &stdin } else { files } {
+        if file.as_os_str() == STDIN {
+            let mut bytes = Vec::new();
+            std::io::stdin().read_to_end(&mut bytes)?;
+            sources.push(("standard input".to_owned(), bytes));
+        } else {
+            let bytes = std::fs::read(file).map_err(|e| format!("{}: {e}", file.display()))?;
+            sources.push((file.display().to_string(), bytes));
+        }
     }
     let (mut looked_at, mut broken) = (0, Vec::new());
     for (source, bytes) in sources {
@@ -213,15 +218,15 @@ fn check(named: &str, files: &[PathBuf], format: Format) -> Result<bool, BoxErro
         return Err("there is no event to check; give files, or JSON on standard input".into());
     }
     if format == Format::Json {
-        println!("{}", serde_json::to_string_pretty(&json!({"looked_at": looked_at, "broken": broken}))?);
+        outln!("{}", serde_json::to_string_pretty(&json!({"looked_at": looked_at, "broken": broken}))?);
     } else {
         for b in &broken {
             for fault in &b.faults {
                 let pointer = if fault.pointer.is_empty() { "/" } else { &fault.pointer };
-                println!("{}, event {}: {pointer}: {}", b.source, b.event, fault.detail);
+                outln!("{}, event {}: {pointer}: {}", b.source, b.event, fault.detail);
             }
         }
-        println!("{looked_at} events, {} of them break {named}", broken.len());
+        outln!("{looked_at} events, {} of them break {named}", broken.len());
     }
     Ok(broken.is_empty())
 }
@@ -229,14 +234,14 @@ fn check(named: &str, files: &[PathBuf], format: Format) -> Result<bool, BoxErro
 fn diff(old: &str, new: &str, format: Format) -> Result<(), BoxError> {
     let changes = compat::changes(&find(old)?, &find(new)?);
     if format == Format::Json {
-        println!("{}", serde_json::to_string_pretty(&changes)?);
+        outln!("{}", serde_json::to_string_pretty(&changes)?);
         return Ok(());
     }
     if changes.is_empty() {
-        println!("no difference that matters to who reads or writes it");
+        outln!("no difference that matters to who reads or writes it");
     }
     for change in &changes {
-        println!("{change}");
+        outln!("{change}");
     }
     Ok(())
 }
@@ -251,15 +256,15 @@ fn compat(old: &str, new: &str, need: Need, format: Format) -> Result<bool, BoxE
     };
     if format == Format::Json {
         let report = json!({"compatibility": verdict, "as_needed": fine, "backward": found.backward, "forward": found.forward});
-        println!("{}", serde_json::to_string_pretty(&report)?);
+        outln!("{}", serde_json::to_string_pretty(&report)?);
         return Ok(fine);
     }
-    println!("{old} → {new}: {}", verdict.as_str());
+    outln!("{old} → {new}: {}", verdict.as_str());
     let told = |who: &str, breaks: &[Break]| {
         if !breaks.is_empty() {
-            println!("\n{who}:");
+            outln!("\n{who}:");
             for b in breaks {
-                println!("  {b}");
+                outln!("  {b}");
             }
         }
     };

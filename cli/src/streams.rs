@@ -39,7 +39,7 @@ pub async fn run(command: Command, config: &Config, format: Format) -> Result<bo
         (payment::NAME, payment::topology(&config.payment).scope()),
     ];
     if matches!(command, Command::Rights) {
-        print!("{}", users(&scopes));
+        out!("{}", users(&scopes));
         return Ok(true);
     }
     let scopes = scopes.map(|(_, scope)| scope);
@@ -130,7 +130,7 @@ fn line(
 
 fn print(lines: &[Line], format: Format) -> Result<(), BoxError> {
     if format == Format::Json {
-        println!("{}", serde_json::to_string_pretty(lines)?);
+        outln!("{}", serde_json::to_string_pretty(lines)?);
         return Ok(());
     }
     let mut table = Table::new();
@@ -138,6 +138,6 @@ fn print(lines: &[Line], format: Format) -> Result<(), BoxError> {
     for l in lines {
         table.add_row([l.kind, &l.name, l.state, &l.detail]);
     }
-    println!("{table}");
+    outln!("{table}");
     Ok(())
 }

@@ -1,5 +1,6 @@
 //! `consign up`: every service in one process, on the embedded broker and SQLite files, with nothing else installed.
 
+use std::io::Write;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -143,7 +144,7 @@ pub async fn run(config: Config) -> Result<(), BoxError> {
     std::fs::write(dir.file(Endpoints::FILE), serde_json::to_vec_pretty(&system.endpoints)?)?;
     print_welcome(&system, &data_dir.display().to_string());
     stop_signal().await;
-    eprintln!("draining; Ctrl-C again stops at once");
+    let _ = writeln!(std::io::stderr(), "draining; Ctrl-C again stops at once");
     tokio::select! {
         () = system.stop() => {}
         () = stop_signal() => {}
@@ -153,7 +154,9 @@ pub async fn run(config: Config) -> Result<(), BoxError> {
 
 fn print_welcome(system: &System, data_dir: &str) {
     let Endpoints { order, inventory, payment } = &system.endpoints;
-    println!(
+    // Nobody may be there to read it.
+    let _ = writeln!(
+        std::io::stdout(),
         "
 Consign is up: broker and databases are embedded, nothing else is needed.
 

@@ -472,7 +472,7 @@ fn print(checked: &[Checked], violations: &[Violation], format: Format) -> Resul
     if format == Format::Json {
         let report =
             serde_json::json!({"clean": violations.is_empty(), "checks": checked, "violations": violations});
-        println!("{}", serde_json::to_string_pretty(&report)?);
+        outln!("{}", serde_json::to_string_pretty(&report)?);
         return Ok(());
     }
     let mut table = Table::new();
@@ -485,18 +485,18 @@ fn print(checked: &[Checked], violations: &[Violation], format: Format) -> Resul
             c.violations.to_string(),
         ]);
     }
-    println!("{table}");
+    outln!("{table}");
     let mut shown: BTreeMap<&str, usize> = BTreeMap::new();
     for v in violations {
         let n = shown.entry(&v.check).or_default();
         *n += 1;
         if *n <= SHOWN {
-            println!("{}: {}: {}", v.check, v.subject, v.detail);
+            outln!("{}: {}: {}", v.check, v.subject, v.detail);
         }
     }
     for (check, n) in shown.into_iter().filter(|(_, n)| *n > SHOWN) {
-        println!("{check}: … and {} more", n - SHOWN);
+        outln!("{check}: … and {} more", n - SHOWN);
     }
-    println!("{}", if violations.is_empty() { "clean" } else { "NOT clean" });
+    outln!("{}", if violations.is_empty() { "clean" } else { "NOT clean" });
     Ok(())
 }

@@ -58,7 +58,7 @@ pub async fn usage(services: &[Client], only: Option<&str>, format: Format) -> R
         .into());
     }
     if format == Format::Json {
-        println!("{}", serde_json::to_string_pretty(&lines)?);
+        outln!("{}", serde_json::to_string_pretty(&lines)?);
         return Ok(());
     }
     let mut table = Table::new();
@@ -90,7 +90,7 @@ pub async fn usage(services: &[Client], only: Option<&str>, format: Format) -> R
             or_dash(l.replicas.map(|n| n.to_string())),
         ]);
     }
-    println!("{table}");
+    outln!("{table}");
     Ok(())
 }
 
@@ -192,8 +192,8 @@ pub async fn change(
             Err(e) => return Err(e.into()),
         };
         match format {
-            Format::Json => println!("{}", json!({"event": event, "published": now.published})),
-            Format::Table => println!("{event} is published as {}", list(&now.published)),
+            Format::Json => outln!("{}", json!({"event": event, "published": now.published})),
+            Format::Table => outln!("{event} is published as {}", list(&now.published)),
         }
         return Ok(true);
     }

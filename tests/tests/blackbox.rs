@@ -1,13 +1,15 @@
 //! The real program as a process: killed at random, corrupted on purpose, spoken to badly.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "in tests, a panic is how a step fails")]
 
+use std::process::Stdio;
 use std::time::Duration;
 
-use consign_tests::{Process, consign};
+use consign_tests::{Process, consign, program};
 use rand::{RngExt, SeedableRng};
 use reqwest::{Client, Method, StatusCode};
 use serde_json::{Value, json};
 use sqlx::{ConnectOptions, Connection};
+use tokio::process::Command;
 
 async fn verify(dir: &std::path::Path, settle: &str) -> (i32, String) {
     let (code, out, err) =
@@ -671,4 +673,25 @@ async fn schemas_are_compared_and_checked_with_exit_codes_for_a_ci() {
     let odd = file("odd.json", r#"{"pattern":"a"}"#);
     let (code, _, err) = consign(&["schema", "check", &odd, &good]).await;
     assert!(code == 2 && err.contains("pattern"), "{err}");
+    for stdin in
+        [&["schema", "check", "orders.cancelled.v1"][..], &["schema", "check", "orders.cancelled.v1", "-"]]
+    {
+        let check = Command::new(program()).args(stdin).stdin(std::fs::File::open(&bad).unwrap()).output();
+        let out = String::from_utf8(check.await.unwrap().stdout).unwrap();
+        assert!(out.contains("standard input, event 1: /reason"), "{out}");
+    }
+}
+
+/// `consign … | head` ends as other programs do, and without a panic.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_command_whose_reader_has_gone_ends_quietly() {
+    let mut child = Command::new(program())
+        .args(["schema", "export"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    let output = child.wait_with_output().await.unwrap();
+    assert_eq!((output.status.code(), String::from_utf8(output.stderr).unwrap()), (Some(141), String::new()));
 }
