@@ -111,8 +111,9 @@ where
     }
 
     fn call(&mut self, call: Call) -> Self::Future {
-        let event = call.envelopes().next().map(|e| e.event_type.to_string()).unwrap_or_default();
-        let how = self.plan.take(&format!("{} {event}", call.consumer()));
+        // A handler of several kinds goes wrong as a whole if one of them is to.
+        let how =
+            call.envelopes().find_map(|e| self.plan.take(&format!("{} {}", call.consumer(), e.event_type)));
         let work = self.inner.call(call);
         Box::pin(async move {
             match how {

@@ -1,11 +1,13 @@
-//! Handlers: plain async functions with extractors, as in axum. The first argument says which event, the others what else is needed.
+//! Handlers: plain async functions with extractors, as in axum. The first argument says which events, the others what else is needed.
 
 use std::any::Any;
 use std::future::Future;
+use std::marker::PhantomData;
 use std::ops::Deref;
 use std::sync::Arc;
 
 use axum::extract::{FromRef, State};
+use serde_json::Value;
 use sqlx::postgres::PgDatabaseError;
 use thiserror::Error;
 
@@ -13,7 +15,7 @@ use crate::breaker::Rejected;
 use crate::db::{DbError, Slot, Tx};
 use crate::event::{Envelope, Event, EventId};
 use crate::outbox::EmitError;
-use crate::schema::SchemaViolation;
+use crate::schema::{self, CompiledSchema, SchemaViolation};
 
 /// Any error.
 pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
@@ -130,11 +132,89 @@ fn is_statement_fault(e: &sqlx::Error) -> bool {
     }
 }
 
+pub(crate) type AnyEvent = Arc<dyn Any + Send + Sync>;
+pub(crate) type Decode = Arc<dyn Fn(Value) -> Result<AnyEvent, serde_json::Error> + Send + Sync>;
+pub(crate) type Convert = Arc<dyn Fn(AnyEvent) -> Option<AnyEvent> + Send + Sync>;
+
+/// What a handler takes: an event; or one of several kinds, so that it gets all of them in the order in which they came.
+///
+/// Kinds that change the same rows belong in one handler: they are loaded, locked and written once for all of a batch. Handlers of their own
+/// would, with several replicas, also need transactions of their own (see [`Consumer::on`](crate::Consumer::on)).
+///
+/// ```
+/// use consign::{Batch, Event, Failure};
+/// use consign::handler::{EventSet, Kind};
+/// use schemars::JsonSchema;
+/// use serde::{Deserialize, Serialize};
+///
+/// #[derive(Clone, Serialize, Deserialize, JsonSchema, Event)]
+/// #[event(type = "parcels.packed", version = 1)]
+/// struct Packed { id: u32 }
+///
+/// #[derive(Clone, Serialize, Deserialize, JsonSchema, Event)]
+/// #[event(type = "parcels.lost", version = 1)]
+/// struct Lost { id: u32 }
+///
+/// #[derive(Clone)]
+/// enum Parcel { Packed(Packed), Lost(Lost) }
+///
+/// impl EventSet for Parcel {
+///     fn kinds() -> Vec<Kind<Self>> {
+///         vec![Kind::of(Self::Packed), Kind::of(Self::Lost)]
+///     }
+/// }
+///
+/// async fn parcels(Batch(events): Batch<Parcel>) -> Result<(), Failure> {
+///     for event in &events {
+///         match &event.event {
+///             Parcel::Packed(packed) => println!("{} is packed", packed.id),
+///             Parcel::Lost(lost) => println!("{} is lost", lost.id),
+///         }
+///     }
+///     Ok(())
+/// }
+/// let consumer = consign::Consumer::<()>::new("parcels", "PARCELS").on(parcels);
+/// ```
+pub trait EventSet: Clone + Send + Sync + 'static {
+    /// The events, each with what it is called here.
+    fn kinds() -> Vec<Kind<Self>>;
+}
+
+impl<E: Event> EventSet for E {
+    fn kinds() -> Vec<Kind<Self>> {
+        // It is that already.
+        vec![Kind { wrap: Arc::new(Some), ..Kind::of(|event| event) }]
+    }
+}
+
+/// One of the events of an [`EventSet`].
+pub struct Kind<T> {
+    pub(crate) name: String,
+    pub(crate) schema: Arc<CompiledSchema>,
+    pub(crate) decode: Decode,
+    /// From the event to `T`.
+    pub(crate) wrap: Convert,
+    set: PhantomData<fn() -> T>,
+}
+
+impl<T: EventSet> Kind<T> {
+    /// The event that `wrap` makes a `T` of.
+    pub fn of<E: Event>(wrap: fn(E) -> T) -> Self {
+        Self {
+            name: E::name(),
+            schema: schema::of::<E>(),
+            decode: Arc::new(move |value| Ok(Arc::new(wrap(serde_json::from_value(value)?)) as AnyEvent)),
+            wrap: Arc::new(move |event| Some(Arc::new(wrap(event.downcast_ref::<E>()?.clone())) as AnyEvent)),
+            set: PhantomData,
+        }
+    }
+}
+
 /// A decoded event and its envelope, before its type is known again.
 #[derive(Clone, Debug)]
 pub struct Incoming {
     pub(crate) envelope: Arc<Envelope>,
-    pub(crate) event: Arc<dyn Any + Send + Sync>,
+    pub(crate) event: AnyEvent,
 }
 
 /// One call of a handler: one event, or for a batch handler all of the batch's. Layers wrap this.
@@ -213,7 +293,7 @@ fn first(call: &Call) -> Result<&Incoming, Failure> {
     call.events.first().ok_or_else(|| Failure::retry("a call without an event"))
 }
 
-fn typed<E: Event>(incoming: &Incoming) -> Result<E, Failure> {
+fn typed<E: EventSet>(incoming: &Incoming) -> Result<E, Failure> {
     incoming
         .event
         .downcast_ref::<E>()
@@ -223,8 +303,8 @@ fn typed<E: Event>(incoming: &Incoming) -> Result<E, Failure> {
 
 /// An async function that handles an event. Implemented for functions of [`Received`] or [`Batch`] and up to five extractors.
 pub trait Handler<Args, S>: Clone + Send + Sync + 'static {
-    /// The event it handles.
-    type Event: Event;
+    /// The event it handles, or the kinds of them.
+    type Takes: EventSet;
     /// Whether it takes whole batches.
     const BATCH: bool;
     /// Runs it.
@@ -239,10 +319,10 @@ macro_rules! impl_handler {
             F: Fn(Received<E>, $($T),*) -> Fut + Clone + Send + Sync + 'static,
             Fut: Future<Output = Result<(), Failure>> + Send,
             S: Send + Sync + 'static,
-            E: Event,
+            E: EventSet,
             $($T: FromCall<S> + Send,)*
         {
-            type Event = E;
+            type Takes = E;
             const BATCH: bool = false;
             async fn call(self, call: Call, state: S) -> Result<(), Failure> {
                 let event = Received(typed::<E>(first(&call)?)?);
@@ -257,10 +337,10 @@ macro_rules! impl_handler {
             F: Fn(Batch<E>, $($T),*) -> Fut + Clone + Send + Sync + 'static,
             Fut: Future<Output = Result<(), Failure>> + Send,
             S: Send + Sync + 'static,
-            E: Event,
+            E: EventSet,
             $($T: FromCall<S> + Send,)*
         {
-            type Event = E;
+            type Takes = E;
             const BATCH: bool = true;
             async fn call(self, call: Call, state: S) -> Result<(), Failure> {
                 let items = call.events.iter().map(|e| {

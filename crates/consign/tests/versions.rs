@@ -9,6 +9,7 @@ use consign::config::ServiceConfig;
 use consign::consumer::ReadyConsumer;
 use consign::dead_letter::{self, Filter, Status};
 use consign::event::{Cause, Envelope};
+use consign::handler::{EventSet, Kind};
 use consign::service::Running;
 use consign::testing::Bench;
 use consign::versions::Published;
@@ -96,6 +97,28 @@ async fn v3(Batch(events): Batch<V3>, State(who): State<Who>, mut tx: Tx) -> Res
 
 async fn fails(Batch(_): Batch<V2>, State(_): State<Who>, _: Tx) -> Result<(), Failure> {
     Err(Failure::dead_letter("kilos are not liked here"))
+}
+
+/// Several kinds for one handler.
+#[derive(Clone)]
+enum Parcel {
+    Packed(V3),
+    Lost,
+}
+
+impl EventSet for Parcel {
+    fn kinds() -> Vec<Kind<Self>> {
+        vec![Kind::of(Self::Packed), Kind::of(|_: Lost| Self::Lost)]
+    }
+}
+
+/// Sees them in their order; what is lost weighs nothing.
+async fn parcels(Batch(events): Batch<Parcel>, State(who): State<Who>, mut tx: Tx) -> Result<(), Failure> {
+    let rows = events.iter().zip(1..).map(|(e, n)| match &e.event {
+        Parcel::Packed(packed) => (who, n, 3, packed.kilos),
+        Parcel::Lost => (who, n, 0, 0.0),
+    });
+    see(&mut tx, rows.collect()).await
 }
 
 fn consumer(who: Who) -> Consumer<Who> {
@@ -204,6 +227,27 @@ async fn older_versions_are_made_into_the_one_that_is_handled() {
     assert!(
         dead_letter::list(&db, &Filter::default(), Some(Status::Open), None, 9).await.unwrap().is_empty()
     );
+}
+
+#[tokio::test(start_paused = true)]
+async fn several_kinds_come_to_one_handler_in_their_order_and_older_versions_too() {
+    let bench = Bench::start();
+    let db = open(&bench).await;
+    let (publisher, _) = publisher(&bench, &db, &[2]).await;
+    let mut tx = db.begin().await.unwrap();
+    tx.emit(Emission::new(V3 { n: 1, kilos: 2.0, fragile: true }, "p", 1)).unwrap();
+    tx.emit(Emission::new(Lost {}, "p", 2)).unwrap();
+    tx.emit(Emission::new(V1 { n: 2, grams: 700 }, "p", 3)).unwrap();
+    tx.emit(Emission::new(Lost {}, "p", 4)).unwrap();
+    tx.commit().await.unwrap();
+    bench.time.until("published", async || db.outbox_depth() == 0).await;
+    // All of it is there when the consumer comes: one batch, one call.
+    let all = consumer("all").on(parcels).upcast(to_v3).upcast(to_v2).with_state("all");
+    assert_eq!(all.reads()["parcels.packed.v1"], "parcels.packed.v3");
+    let _service = start(&bench, &db, vec![all]).await;
+    settled(&bench, &db, &["all"]).await;
+    assert_eq!(seen(&db, "all").await, [(1, 3, 2000), (2, 0, 0), (3, 3, 700), (4, 0, 0)]);
+    drop(publisher);
 }
 
 #[tokio::test(start_paused = true)]

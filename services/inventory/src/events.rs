@@ -1,9 +1,10 @@
-//! What inventory does about orders. Each handler takes a whole batch: its statements do not grow with it.
+//! What inventory does about orders: one handler for all that happens to them, so that a batch loads, locks and writes what it changes once.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use axum::extract::State;
-use consign::handler::Item;
+use consign::event::Envelope;
+use consign::handler::{EventSet, Item, Kind};
 use consign::versions::Published;
 use consign::{Batch, Consumer, ConsumerOptions, DbError, Emission, Failure, Timestamp, Tx};
 use contracts::{
@@ -19,12 +20,69 @@ use crate::store::{self, ReservationRow};
 pub fn orders(options: ConsumerOptions) -> Consumer<Published> {
     Consumer::new("inventory-orders", streams::ORDERS)
         .options(options)
-        .on(created)
+        .on(happened)
         .upcast(|old: OrderCreatedV1| OrderCreated::from(old))
-        .on(cancelled)
-        .on(confirmed)
-        .on(deadline_extended)
-        .on(refunded)
+}
+
+/// What happens to an order.
+#[derive(Clone)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "the large one is as frequent as any, and lives as long as a batch"
+)]
+enum OrderEvent {
+    Created(OrderCreated),
+    Cancelled(OrderCancelled),
+    Confirmed(OrderConfirmed),
+    DeadlineExtended(OrderDeadlineExtended),
+    Refunded(OrderRefunded),
+}
+
+impl EventSet for OrderEvent {
+    fn kinds() -> Vec<Kind<Self>> {
+        vec![
+            Kind::of(Self::Created),
+            Kind::of(Self::Cancelled),
+            Kind::of(Self::Confirmed),
+            Kind::of(Self::DeadlineExtended),
+            Kind::of(Self::Refunded),
+        ]
+    }
+}
+
+impl OrderEvent {
+    fn order_id(&self) -> Uuid {
+        match self {
+            Self::Created(e) => e.order_id,
+            Self::Cancelled(e) => e.order_id,
+            Self::Confirmed(e) => e.order_id,
+            Self::DeadlineExtended(e) => e.order_id,
+            Self::Refunded(e) => e.order_id,
+        }
+    }
+}
+
+async fn happened(
+    Batch(events): Batch<OrderEvent>,
+    State(reserved): State<Published>,
+    mut tx: Tx,
+) -> Result<(), Failure> {
+    let versions = reserved.now();
+    let mut ledger = Ledger::load(&mut tx, &events).await?;
+    for Item { event, envelope } in &events {
+        let done = match event {
+            OrderEvent::Created(order) => ledger.create(&mut tx, order, envelope, &versions),
+            OrderEvent::Cancelled(order) => ledger.settle(order.order_id, envelope, domain::cancelled),
+            OrderEvent::Confirmed(order) => ledger.settle(order.order_id, envelope, domain::confirmed),
+            OrderEvent::DeadlineExtended(order) => {
+                ledger.extend(order);
+                Ok(())
+            }
+            OrderEvent::Refunded(order) => ledger.take_back(order, envelope),
+        };
+        done.map_err(|failure| failure.of(envelope))?;
+    }
+    Ok(ledger.save(&mut tx).await?)
 }
 
 /// What a batch starts from, and where it gets to.
@@ -32,23 +90,42 @@ struct Ledger {
     before: Shelf,
     shelf: Shelf,
     reservations: HashMap<Uuid, (Reservation, Lines)>,
+    /// What has come back of each order, by refund.
+    returned: HashMap<Uuid, HashMap<Uuid, Lines>>,
     new: BTreeMap<Uuid, ReservationRow>,
     changed: BTreeMap<Uuid, Reservation>,
+    /// The latest of each, for a statement can change a row only once.
+    extended: BTreeMap<Uuid, Timestamp>,
+    returns: Vec<(Uuid, Uuid, Lines, bool)>,
+    written_off: Vec<store::Movement>,
 }
 
 impl Ledger {
-    /// Loads the reservations of the orders and the stock of their products, and of `more`.
-    async fn load(tx: &mut Tx, orders: &[Uuid], more: &[Lines]) -> Result<Self, DbError> {
-        let reservations = store::reservations(tx, orders).await?;
-        let known = reservations.values().map(|(_, lines)| lines);
-        let products: BTreeSet<&str> = known.chain(more).flat_map(Lines::products).collect();
+    /// Loads the reservations of the orders, then the stock of their products: replicas wait for each other in that order.
+    async fn load(tx: &mut Tx, events: &[Item<OrderEvent>]) -> Result<Self, DbError> {
+        let orders: Vec<Uuid> = events.iter().map(|e| e.order_id()).collect();
+        let reservations = store::reservations(tx, &orders).await?;
+        let new = events.iter().filter_map(|e| match &e.event {
+            OrderEvent::Created(order) => Some(&order.items),
+            _ => None,
+        });
+        let new = new.flatten().map(|line| line.product_id.as_str());
+        let known = reservations.values().flat_map(|(_, lines)| lines.products());
+        let products: BTreeSet<&str> = known.chain(new).collect();
         let shelf = store::shelf(tx, &products.into_iter().collect::<Vec<_>>()).await?;
+        let refunded = events.iter().filter(|e| matches!(e.event, OrderEvent::Refunded(_)));
+        let refunded: Vec<Uuid> = refunded.map(|e| e.order_id()).collect();
+        let returned = store::returned(tx, &refunded).await?;
         Ok(Self {
             before: shelf.clone(),
             shelf,
             reservations,
+            returned,
             new: BTreeMap::new(),
             changed: BTreeMap::new(),
+            extended: BTreeMap::new(),
+            returns: Vec::new(),
+            written_off: Vec::new(),
         })
     }
 
@@ -57,10 +134,10 @@ impl Ledger {
         (found.map(|(r, _)| *r), found.map(|(_, l)| l.clone()).unwrap_or_default())
     }
 
-    fn set<E>(
+    fn set(
         &mut self,
         order: Uuid,
-        item: &Item<E>,
+        envelope: &Envelope,
         to: Reservation,
         lines: Lines,
         expires_at: Option<Timestamp>,
@@ -70,12 +147,11 @@ impl Ledger {
         } else if self.reservations.contains_key(&order) {
             self.changed.insert(order, to);
         } else {
-            let correlation_id = item.envelope.cause.correlation_id.to_string();
             let row = ReservationRow {
                 order_id: order,
                 status: to,
                 lines: lines.clone(),
-                correlation_id,
+                correlation_id: envelope.cause.correlation_id.to_string(),
                 expires_at,
             };
             self.new.insert(order, row);
@@ -83,144 +159,99 @@ impl Ledger {
         self.reservations.insert(order, (to, lines));
     }
 
-    async fn save(self, tx: &mut Tx) -> Result<(), DbError> {
-        store::insert_reservations(tx, &self.new.into_values().collect::<Vec<_>>()).await?;
-        store::update_reservations(tx, &self.changed.into_iter().collect::<Vec<_>>()).await?;
-        store::save_shelf(tx, &self.before, &self.shelf).await
-    }
-}
-
-async fn created(
-    Batch(orders): Batch<OrderCreated>,
-    State(reserved): State<Published>,
-    mut tx: Tx,
-) -> Result<(), Failure> {
-    let versions = reserved.now();
-    let ids: Vec<Uuid> = orders.iter().map(|o| o.order_id).collect();
-    let lines: Vec<Lines> = orders.iter().map(|o| Lines::of(&o.items)).collect();
-    let mut ledger = Ledger::load(&mut tx, &ids, &lines).await?;
-    for (order, lines) in orders.iter().zip(lines) {
+    fn create(
+        &mut self,
+        tx: &mut Tx,
+        order: &OrderCreated,
+        envelope: &Envelope,
+        versions: &[u32],
+    ) -> Result<(), Failure> {
         let id = order.order_id;
-        let (current, _) = ledger.current(id);
-        let cause = order.envelope.as_cause();
-        let lane = order.envelope.lane;
-        match domain::created(&mut ledger.shelf, current, &lines) {
+        let lines = Lines::of(&order.items);
+        let (current, _) = self.current(id);
+        match domain::created(&mut self.shelf, current, &lines) {
             Outcome::Unchanged => {}
             Outcome::Now(to) => {
-                ledger.set(id, order, to, lines, Some(order.deadline));
+                self.set(id, envelope, to, lines, Some(order.deadline));
                 let event = StockReserved {
-                    order_id: order.order_id,
+                    order_id: id,
                     total: order.total.clone(),
                     expires_at: order.deadline,
                     payment_method: order.payment_method.clone(),
                 };
                 let emission = Emission::new(event, id.to_string(), 1)
                     .also(|new| StockReservedV1::from(new))
-                    .versions(&versions)
-                    .lane(lane)
-                    .caused_by(cause);
-                tx.emit(emission).map_err(|e| Failure::from(e).of(&order.envelope))?;
+                    .versions(versions);
+                tx.emit(emission.lane(envelope.lane).caused_by(envelope.as_cause()))?;
             }
             Outcome::Short(shortages) => {
-                ledger.set(id, order, Reservation::Rejected, lines, None);
-                let event = StockRejected { order_id: order.order_id, shortages };
-                tx.emit(Emission::new(event, id.to_string(), 1).lane(lane).caused_by(cause))
-                    .map_err(|e| Failure::from(e).of(&order.envelope))?;
+                self.set(id, envelope, Reservation::Rejected, lines, None);
+                let emission = Emission::new(StockRejected { order_id: id, shortages }, id.to_string(), 1);
+                tx.emit(emission.lane(envelope.lane).caused_by(envelope.as_cause()))?;
             }
         }
+        Ok(())
     }
-    Ok(ledger.save(&mut tx).await?)
-}
 
-async fn cancelled(Batch(orders): Batch<OrderCancelled>, mut tx: Tx) -> Result<(), Failure> {
-    let ids: Vec<Uuid> = orders.iter().map(|o| o.order_id).collect();
-    let mut ledger = Ledger::load(&mut tx, &ids, &[]).await?;
-    for order in &orders {
-        let id = order.order_id;
-        let (current, lines) = ledger.current(id);
-        let outcome = domain::cancelled(&mut ledger.shelf, current, &lines);
-        settle(&mut ledger, order, id, lines, outcome)?;
+    fn settle(
+        &mut self,
+        id: Uuid,
+        envelope: &Envelope,
+        decide: fn(&mut Shelf, Option<Reservation>, &Lines) -> Result<Outcome, Misfit>,
+    ) -> Result<(), Failure> {
+        let (current, lines) = self.current(id);
+        match decide(&mut self.shelf, current, &lines) {
+            Ok(Outcome::Now(to)) => {
+                self.set(id, envelope, to, lines, None);
+                Ok(())
+            }
+            Ok(Outcome::Unchanged | Outcome::Short(_)) => Ok(()),
+            Err(e) => Err(misfit(e)),
+        }
     }
-    Ok(ledger.save(&mut tx).await?)
-}
 
-async fn confirmed(Batch(orders): Batch<OrderConfirmed>, mut tx: Tx) -> Result<(), Failure> {
-    let ids: Vec<Uuid> = orders.iter().map(|o| o.order_id).collect();
-    let mut ledger = Ledger::load(&mut tx, &ids, &[]).await?;
-    for order in &orders {
-        let id = order.order_id;
-        let (current, lines) = ledger.current(id);
-        let outcome = domain::confirmed(&mut ledger.shelf, current, &lines);
-        settle(&mut ledger, order, id, lines, outcome)?;
-    }
-    Ok(ledger.save(&mut tx).await?)
-}
-
-async fn deadline_extended(Batch(orders): Batch<OrderDeadlineExtended>, mut tx: Tx) -> Result<(), Failure> {
-    // The latest of each, for a statement can change a row only once.
-    let mut latest: BTreeMap<Uuid, Timestamp> = BTreeMap::new();
-    for order in &orders {
-        let until = latest.entry(order.order_id).or_insert(order.deadline);
+    fn extend(&mut self, order: &OrderDeadlineExtended) {
+        let until = self.extended.entry(order.order_id).or_insert(order.deadline);
         *until = order.deadline.max(*until);
     }
-    Ok(store::extend(&mut tx, &latest.into_iter().collect::<Vec<_>>()).await?)
-}
 
-async fn refunded(Batch(orders): Batch<OrderRefunded>, mut tx: Tx) -> Result<(), Failure> {
-    let ids: Vec<Uuid> = orders.iter().map(|o| o.order_id).collect();
-    let mut ledger = Ledger::load(&mut tx, &ids, &[]).await?;
-    let mut returned = store::returned(&mut tx, &ids).await?;
-    let mut new = Vec::new();
-    let mut written_off = Vec::new();
-    for order in &orders {
-        let before = returned.entry(order.order_id).or_default();
+    fn take_back(&mut self, order: &OrderRefunded, envelope: &Envelope) -> Result<(), Failure> {
+        let id = order.order_id;
+        let (current, sold) = self.current(id);
+        let before = self.returned.entry(id).or_default();
         if before.contains_key(&order.refund_id) {
-            continue;
+            return Ok(());
         }
         let all = before.values().fold(Lines::default(), Lines::plus);
         let back = Lines::returned(&order.lines);
-        let (current, sold) = ledger.current(order.order_id);
-        domain::returned(&mut ledger.shelf, current, &sold, &all, &back, order.restock).map_err(|e| {
-            let failure = match e {
-                Misfit::NotSoldYet => Failure::retry(e),
-                _ => Failure::dead_letter(e),
-            };
-            failure.of(&order.envelope)
-        })?;
+        domain::returned(&mut self.shelf, current, &sold, &all, &back, order.restock).map_err(misfit)?;
         if !order.restock {
-            written_off.extend(back.iter().map(|(id, quantity)| (id.to_owned(), quantity, order)));
+            self.written_off.extend(back.iter().map(|(product, quantity)| store::Movement {
+                product_id: product.to_owned(),
+                delta: -quantity,
+                reason: format!("given back by order {id}, written off"),
+                correlation_id: envelope.cause.correlation_id.to_string(),
+            }));
         }
         before.insert(order.refund_id, back.clone());
-        new.push((order.refund_id, order.order_id, back, order.restock));
+        self.returns.push((order.refund_id, id, back, order.restock));
+        Ok(())
     }
-    let movements: Vec<store::Movement> = written_off
-        .into_iter()
-        .map(|(product_id, quantity, order)| store::Movement {
-            product_id,
-            delta: -quantity,
-            reason: format!("given back by order {}, written off", order.order_id),
-            correlation_id: order.envelope.cause.correlation_id.to_string(),
-        })
-        .collect();
-    store::insert_returns(&mut tx, &new).await?;
-    store::insert_movements(&mut tx, &movements).await?;
-    Ok(ledger.save(&mut tx).await?)
+
+    async fn save(self, tx: &mut Tx) -> Result<(), DbError> {
+        store::insert_reservations(tx, &self.new.into_values().collect::<Vec<_>>()).await?;
+        store::update_reservations(tx, &self.changed.into_iter().collect::<Vec<_>>()).await?;
+        store::extend(tx, &self.extended.into_iter().collect::<Vec<_>>()).await?;
+        store::insert_returns(tx, &self.returns).await?;
+        store::insert_movements(tx, &self.written_off).await?;
+        store::save_shelf(tx, &self.before, &self.shelf).await
+    }
 }
 
-fn settle<E>(
-    ledger: &mut Ledger,
-    item: &Item<E>,
-    id: Uuid,
-    lines: Lines,
-    outcome: Result<Outcome, Misfit>,
-) -> Result<(), Failure> {
-    match outcome {
-        Ok(Outcome::Now(to)) => {
-            ledger.set(id, item, to, lines, None);
-            Ok(())
-        }
-        Ok(Outcome::Unchanged | Outcome::Short(_)) => Ok(()),
-        Err(e @ Misfit::NotReservedYet) => Err(Failure::retry(e).of(&item.envelope)),
-        Err(e) => Err(Failure::dead_letter(e).of(&item.envelope)),
+/// What may still arrive is waited for; what cannot be is for a person to look at.
+fn misfit(e: Misfit) -> Failure {
+    match e {
+        Misfit::NotReservedYet | Misfit::NotSoldYet => Failure::retry(e),
+        Misfit::MoreThanSold | Misfit::Impossible { .. } => Failure::dead_letter(e),
     }
 }

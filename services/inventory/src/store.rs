@@ -220,6 +220,9 @@ pub async fn update_reservations(tx: &mut Tx, changed: &[(Uuid, Reservation)]) -
 
 /// Reservations that last longer than was said.
 pub async fn extend(tx: &mut Tx, later: &[(Uuid, Timestamp)]) -> Result<(), DbError> {
+    if later.is_empty() {
+        return Ok(());
+    }
     let now = tx.now();
     tx.query(
         "UPDATE reservations SET expires_at = r.until, updated_at = $1 FROM {$2: id, until}
@@ -234,6 +237,9 @@ pub async fn extend(tx: &mut Tx, later: &[(Uuid, Timestamp)]) -> Result<(), DbEr
 
 /// What has come back of these orders, by refund. Their reservations are to be loaded first: those are what is locked.
 pub async fn returned(tx: &mut Tx, orders: &[Uuid]) -> Result<HashMap<Uuid, HashMap<Uuid, Lines>>, DbError> {
+    if orders.is_empty() {
+        return Ok(HashMap::new());
+    }
     let rows = tx
         .query("SELECT order_id, refund_id, lines FROM returns WHERE order_id IN (SELECT i FROM {$1: i})")
         .rows(orders.iter().map(|id| (*id,)))

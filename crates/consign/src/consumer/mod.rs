@@ -5,13 +5,11 @@ mod decode;
 pub(crate) mod readers;
 mod worker;
 
-use std::any::Any;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 use tokio_util::sync::CancellationToken;
 use tower::util::BoxCloneSyncService;
 use tower::{Layer, Service, ServiceBuilder, service_fn};
@@ -20,7 +18,7 @@ use crate::breaker::Breaker;
 use crate::broker::{Broker, ConsumerConfig};
 use crate::db::Db;
 use crate::event::{Event, Lane};
-use crate::handler::{Call, Failure, Handler};
+use crate::handler::{AnyEvent, Call, Convert, Decode, EventSet, Failure, Handler};
 use crate::layer::{CatchPanic, Measure, Timeout};
 use crate::retry::RetryPolicy;
 use crate::schema::{self, CompiledSchema};
@@ -30,9 +28,6 @@ use worker::{Turns, Worker};
 
 /// A handler with the layers around it.
 pub(crate) type HandlerService = BoxCloneSyncService<Call, (), Failure>;
-type AnyEvent = Arc<dyn Any + Send + Sync>;
-type Decode = Arc<dyn Fn(Value) -> Result<AnyEvent, serde_json::Error> + Send + Sync>;
-type Convert = Arc<dyn Fn(AnyEvent) -> Option<AnyEvent> + Send + Sync>;
 
 /// How a consumer fetches, waits and gives up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -71,6 +66,10 @@ struct Route {
     target: Arc<str>,
     schema: Arc<CompiledSchema>,
     decode: Decode,
+    /// From the target to what the handler takes.
+    wrap: Convert,
+    /// Counts the consumer's handlers.
+    handler: usize,
     batch: bool,
     service: HandlerService,
 }
@@ -85,6 +84,7 @@ pub struct Consumer<S> {
     stream: String,
     options: ConsumerOptions,
     routes: BTreeMap<String, MakeRoute<S>>,
+    handlers: usize,
     layers: Vec<Box<dyn Fn(HandlerService) -> HandlerService + Send>>,
     upcasters: Vec<Upcaster>,
     accepts: BTreeMap<&'static str, Vec<u32>>,
@@ -109,6 +109,7 @@ impl<S: Clone + Send + Sync + 'static> Consumer<S> {
             stream: stream.to_owned(),
             options: ConsumerOptions::default(),
             routes: BTreeMap::new(),
+            handlers: 0,
             layers: Vec::new(),
             upcasters: Vec::new(),
             accepts: BTreeMap::new(),
@@ -123,29 +124,39 @@ impl<S: Clone + Send + Sync + 'static> Consumer<S> {
         Self { options, ..self }
     }
 
-    /// Mounts a handler for the event that its first argument names.
+    /// Mounts a handler for the event that its first argument names, or for all of an [`EventSet`].
+    ///
+    /// What a batch has for one handler takes effect in one transaction. Where replicas share a database, each handler has one of its own: in a
+    /// common one, rows that the first has locked would stay locked while the next locks others, and replicas would wait for each other in a circle.
     #[must_use]
     pub fn on<H, Args>(mut self, handler: H) -> Self
     where
         H: Handler<Args, S>,
         Args: 'static,
     {
-        let make = move |state: S, options: ConsumerOptions| {
-            let call = service_fn(move |call: Call| handler.clone().call(call, state.clone()));
-            let service = ServiceBuilder::new()
-                .layer(Measure)
-                .layer(Timeout(options.handler_timeout))
-                .layer(CatchPanic)
-                .service(call);
-            Route {
-                target: H::Event::name().into(),
-                schema: schema::of::<H::Event>(),
-                decode: decode_as::<H::Event>(),
-                batch: H::BATCH,
-                service: BoxCloneSyncService::new(service),
-            }
-        };
-        self.routes.insert(H::Event::name(), Box::new(make));
+        let number = self.handlers;
+        self.handlers += 1;
+        for kind in H::Takes::kinds() {
+            let (name, handler) = (kind.name.clone(), handler.clone());
+            let make = move |state: S, options: ConsumerOptions| {
+                let call = service_fn(move |call: Call| handler.clone().call(call, state.clone()));
+                let service = ServiceBuilder::new()
+                    .layer(Measure)
+                    .layer(Timeout(options.handler_timeout))
+                    .layer(CatchPanic)
+                    .service(call);
+                Route {
+                    target: kind.name.into(),
+                    schema: kind.schema,
+                    decode: kind.decode,
+                    wrap: kind.wrap,
+                    handler: number,
+                    batch: H::BATCH,
+                    service: BoxCloneSyncService::new(service),
+                }
+            };
+            self.routes.insert(name, Box::new(make));
+        }
         self
     }
 
@@ -222,7 +233,7 @@ impl<S: Clone + Send + Sync + 'static> Consumer<S> {
             .collect();
         let handled: Vec<(String, Route)> = routes.iter().map(|(n, r)| (n.clone(), r.clone())).collect();
         for (name, route) in handled {
-            reach(&mut routes, &self.upcasters, &name, &route, &(Arc::new(Some) as Convert));
+            reach(&mut routes, &self.upcasters, &name, &route, &route.wrap);
         }
         let asked = |name: &&String| match name.rsplit_once(".v") {
             Some((event_type, version)) => self

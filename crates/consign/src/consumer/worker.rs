@@ -80,13 +80,13 @@ struct Entry<'a> {
 }
 
 /// What goes to one handler together, in the order in which the first of each came.
-fn by_handler<'a, E>(entries: Vec<E>, target: impl Fn(&E) -> &'a Arc<str>) -> Vec<Vec<E>> {
-    let mut groups: Vec<(&Arc<str>, Vec<E>)> = Vec::new();
+fn by_handler<E>(entries: Vec<E>, handler: impl Fn(&E) -> usize) -> Vec<Vec<E>> {
+    let mut groups: Vec<(usize, Vec<E>)> = Vec::new();
     for entry in entries {
-        let to = target(&entry);
-        match groups.iter_mut().find(|(target, _)| *target == to) {
+        let number = handler(&entry);
+        match groups.iter_mut().find(|(other, _)| *other == number) {
             Some((_, group)) => group.push(entry),
-            None => groups.push((to, vec![entry])),
+            None => groups.push((number, vec![entry])),
         }
     }
     groups.into_iter().map(|(_, group)| group).collect()
@@ -270,9 +270,8 @@ impl Worker {
         self.stand_in(others, &mut entries).await;
         // Depth first: what a failure splits off is tried before what follows it.
         let mut stack = if self.db.is_shared() {
-            // In one transaction the rows that one handler has locked, in whatever order, would be held while the next one locks its own, and
-            // replicas would wait for each other in a circle.
-            let mut by_handler = by_handler(entries, |e| &e.route.target);
+            // See `Consumer::on`.
+            let mut by_handler = by_handler(entries, |e| e.route.handler);
             by_handler.reverse();
             by_handler
         } else {
@@ -423,7 +422,7 @@ impl Worker {
                 .await?;
         }
         let slot = Slot::new(tx);
-        for entries in by_handler(fresh.clone(), |e| &e.route.target) {
+        for entries in by_handler(fresh.clone(), |e| e.route.handler) {
             let route = entries[0].route;
             if route.batch {
                 let events = entries.iter().map(|e| e.incoming.clone()).collect();
