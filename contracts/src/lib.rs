@@ -123,8 +123,13 @@ pub struct OrderRefused {
     /// The order that was asked for.
     pub order_id: Uuid,
     /// Why not.
-    #[schemars(length(min = 1, max = 100))]
+    #[schemars(length(min = 1, max = OrderRefused::MAX_FAULTS))]
     pub faults: Vec<OrderFault>,
+}
+
+impl OrderRefused {
+    /// So many faults are named at most.
+    pub const MAX_FAULTS: usize = 100;
 }
 
 /// One product of an order, at the price fixed at acceptance.

@@ -102,7 +102,16 @@ async fn nonsense_on_a_stream_becomes_dead_letters_with_their_reasons() {
     headers_galore.extend((0..500).map(|n| header(&format!("x-{n}"), "x")));
     let mut of_tomorrow = good(9);
     of_tomorrow[2].1 = "storefront.order_requested.v7".into();
-    let hostile: [(Headers, String, &str, &str); 10] = [
+    // PostgreSQL keeps no U+0000: what has one must not hold up what comes after it.
+    let gift = r#"{"order_id":"00000000-0000-4000-8000-000000000001","customer_id":"ada","items":[{"product_id":"p1","quantity":1}],"gift_note":"\u0000"}"#;
+    let mut about_nothing = good(11);
+    about_nothing[4].1 = "a\u{0}b".into();
+    let mut traced = good(12);
+    traced.extend([header("traceparent", "\u{0}"), header("x-other", "\u{0}")]);
+    let hostile: [(Headers, String, &str, &str); 13] = [
+        (good(10), gift.into(), "undecodable", "U+0000"),
+        (about_nothing, "{}".into(), "undecodable", "subject"),
+        (traced, "[]".into(), "breaks_schema", "object"),
         (without_id, "{}".into(), "undecodable", "ce-type"),
         (good(1), "not JSON".into(), "undecodable", "not JSON"),
         (good(2), deep, "undecodable", "nested deeper"),
@@ -154,6 +163,17 @@ async fn nonsense_on_a_stream_becomes_dead_letters_with_their_reasons() {
         assert!(started.elapsed() < Duration::from_secs(60), "{} dead letters", hostile.len());
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
+    // Over HTTP it is said at once, and harms nobody whose order is written with it.
+    let body = r#"{"customer_id":"ada","items":[{"product_id":"p1","quantity":1}],"gift_note":"\u0000"}"#;
+    let answer = reqwest::Client::new()
+        .post(format!("{url}/orders"))
+        .header("content-type", "application/json")
+        .body(body)
+        .send()
+        .await
+        .unwrap();
+    assert_eq!(answer.status(), 400);
+    assert!(answer.text().await.unwrap().contains("U+0000"));
     // And the consumer goes on.
     let output = shop(&fleet.nats[0].url(), &["p1=1"]).await;
     assert!(output.status.success(), "{}", said(&output));

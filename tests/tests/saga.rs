@@ -4,13 +4,13 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use consign::broker::{Broker, Message};
+use consign::broker::{Broker, Find, Message};
 use consign::dead_letter::{self, Filter, Status};
 use consign::event::{Cause, Envelope};
 use consign_tests::System;
 use contracts::{OrderCancelled, PaymentSucceeded};
 use payment::gateway::Knobs;
-use serde_json::json;
+use serde_json::{Value, json};
 use uuid::Uuid;
 
 async fn publish<E: consign::Event>(system: &System, event: &E, source: &str) {
@@ -198,6 +198,27 @@ async fn an_event_for_an_unknown_order_is_retried_and_then_kept() {
     let actions: Vec<&str> =
         actions.as_array().unwrap().iter().map(|a| a["action"].as_str().unwrap()).collect();
     assert_eq!(actions, ["dead", "queued", "failed_again", "discarded"]);
+}
+
+/// A hundred lines and their customer are all wrong: the answer names as many faults as it may.
+#[tokio::test(start_paused = true)]
+async fn an_order_with_more_faults_than_an_answer_holds_is_refused_all_the_same() {
+    let system = System::start().await;
+    let line = contracts::WantedLine { product_id: "not an id".into(), quantity: 1 };
+    let wrong = contracts::OrderRequested {
+        order_id: Uuid::now_v7(),
+        customer_id: "nor this".into(),
+        items: vec![line; 100],
+        payment_method: None,
+        shipping_address: None,
+        gift_note: None,
+    };
+    publish(&system, &wrong, "/tests").await;
+    let refused = async || system.bench.broker.find("ORDERS", "orders.refused.>", Find::Last).await.unwrap();
+    system.bench.time.until("refused", async || refused().await.is_some()).await;
+    let refused: Value = serde_json::from_slice(&refused().await.unwrap().message.payload).unwrap();
+    assert_eq!(refused["faults"].as_array().unwrap().len(), 100);
+    assert_eq!(refused["faults"][0]["pointer"], "/customer_id");
 }
 
 fn euros(amount: i64) -> contracts::Money {

@@ -217,6 +217,11 @@ pub(crate) struct Burial<'a> {
     pub attempts: u32,
 }
 
+/// A text as PostgreSQL keeps it, which has no U+0000: whatever somebody sends can be buried. The payload stays as it is, in bytes.
+fn kept(text: &str) -> String {
+    text.replace('\0', "\u{FFFD}")
+}
+
 fn payload_as_value(payload: &[u8]) -> Value {
     serde_json::from_slice(payload).unwrap_or_else(|_| match std::str::from_utf8(payload) {
         Ok(text) => Value::String(text.to_owned()),
@@ -231,7 +236,7 @@ fn payload_as_value(payload: &[u8]) -> Value {
 /// Records a dead letter, its event's claim and its projection. `false` if the event was dealt with before.
 pub(crate) async fn bury(tx: &mut Tx, b: &Burial<'_>) -> Result<bool, DbError> {
     let now = tx.now();
-    let error: String = b.error.chars().take(ERROR).collect();
+    let error = kept(&b.error.chars().take(ERROR).collect::<String>());
     let event_id = b.envelope.map(|e| e.id);
     let message = &b.stored.message;
     if let Some(event_id) = event_id {
@@ -267,8 +272,8 @@ pub(crate) async fn bury(tx: &mut Tx, b: &Burial<'_>) -> Result<bool, DbError> {
         .bind(b.envelope.map(Envelope::name))
         .bind(b.stream)
         .bind(b.stored.sequence)
-        .bind(message.subject.as_str())
-        .bind(Json(message.headers.clone()))
+        .bind(kept(&message.subject))
+        .bind(Json(message.headers.iter().map(|(name, value)| (kept(name), kept(value))).collect::<Vec<_>>()))
         .bind(message.payload.clone())
         .bind(b.reason.as_str())
         .bind(error.as_str())

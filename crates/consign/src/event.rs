@@ -269,7 +269,10 @@ impl Envelope {
         }
         let malformed = |attribute| EnvelopeError::Malformed { attribute };
         let get = |attribute: &'static str, header: &str| match message.header(header) {
-            Some(text) if text.len() > MAX_ATTRIBUTE => Err(malformed(attribute)),
+            // Attributes have no control characters (CloudEvents 1.0, type system), and databases do not keep all of them.
+            Some(text) if text.len() > MAX_ATTRIBUTE || text.contains(char::is_control) => {
+                Err(malformed(attribute))
+            }
             Some(text) => Ok(text),
             None => Err(EnvelopeError::Missing { attribute }),
         };
@@ -311,7 +314,7 @@ impl Envelope {
                 causation_id,
                 traceparent: message
                     .header("traceparent")
-                    .filter(|text| text.len() <= MAX_ATTRIBUTE)
+                    .filter(|text| text.len() <= MAX_ATTRIBUTE && !text.contains(char::is_control))
                     .map(str::to_owned),
             },
             lane: message.header("ce-lane").map_or(Ok(Lane::Standard), str::parse)?,

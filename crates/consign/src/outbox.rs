@@ -139,9 +139,9 @@ pub enum EmitError {
     /// It cannot be written as JSON.
     #[error("the event cannot be written as JSON")]
     Json(#[from] serde_json::Error),
-    /// It is larger than an event may be.
-    #[error("the event is too large: {0}")]
-    TooLarge(#[from] OutOfBounds),
+    /// It is larger than an event may be, or cannot be kept.
+    #[error("the event cannot be published: {0}")]
+    OutOfBounds(#[from] OutOfBounds),
     /// None of the versions to be published is one it has.
     #[error("{event} is to be published in versions {wanted:?}, and has none of them")]
     NoVersion {

@@ -86,7 +86,9 @@ fn refuse(
     event: &Item<OrderRequested>,
     faults: impl Iterator<Item = (String, String)>,
 ) -> Result<(), Failure> {
-    let faults: Vec<OrderFault> = faults.map(|(pointer, detail)| OrderFault { pointer, detail }).collect();
+    // More than the event holds would leave its sender without an answer.
+    let faults = faults.take(OrderRefused::MAX_FAULTS);
+    let faults = faults.map(|(pointer, detail)| OrderFault { pointer, detail }).collect();
     let refused = OrderRefused { order_id: event.order_id, faults };
     let emission = Emission::new(refused, event.order_id.to_string(), 1)
         .lane(event.envelope.lane)

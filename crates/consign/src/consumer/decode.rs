@@ -49,9 +49,8 @@ impl ReadyConsumer {
             let error = format!("older than the inbox remembers ({horizon:?}): it may have been handled");
             return Err(reject(Reason::BeyondHorizon, error));
         }
-        bounds::check(&message.payload).map_err(|e| {
-            reject(Reason::Undecodable, format!("the payload is too large to be an event: {e}"))
-        })?;
+        bounds::check(&message.payload)
+            .map_err(|e| reject(Reason::Undecodable, format!("the payload cannot be an event: {e}")))?;
         let value: Value = serde_json::from_slice(&message.payload)
             .map_err(|e| reject(Reason::Undecodable, format!("the payload is not JSON: {e}")))?;
         route.schema.validate(&value).map_err(|e| reject(Reason::BreaksSchema, e.to_string()))?;

@@ -14,7 +14,7 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use super::Problem;
-use crate::schema;
+use crate::schema::{self, bounds};
 
 /// A JSON body that satisfies its type's schema: 415 if it is not JSON by its content type, 413 if too large, 400 if it is not JSON,
 /// 422 with every fault if it breaks the schema.
@@ -44,6 +44,7 @@ where
             };
             Problem::new(status, detail)
         })?;
+        bounds::check(&raw).map_err(|e| Problem::bad_request(format!("the body cannot be taken: {e}")))?;
         let value: Value = serde_json::from_slice(&raw)
             .map_err(|e| Problem::bad_request(format!("the body is not JSON: {e}")))?;
         schema::of_type::<T>().validate(&value)?;

@@ -1,4 +1,4 @@
-//! How large a document may be, looked at before it is parsed: what is hostile costs no more than a look at its bytes.
+//! How large a document may be and what no database keeps, looked at before it is parsed: what is hostile costs no more than a look at its bytes.
 
 use thiserror::Error;
 
@@ -9,7 +9,7 @@ pub const MAX_DEPTH: usize = 32;
 /// A document has at most so many values, those in lists and objects included.
 pub const MAX_VALUES: usize = 100_000;
 
-/// A document is larger than any event may be.
+/// A document is larger than any event may be, or cannot be kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 pub enum OutOfBounds {
     /// Too many bytes.
@@ -21,6 +21,10 @@ pub enum OutOfBounds {
     /// Too many values.
     #[error("it has more than {MAX_VALUES} values")]
     Values,
+    /// A text with the character U+0000, which PostgreSQL keeps neither as text nor in `jsonb`
+    /// (<https://www.postgresql.org/docs/current/datatype-json.html>). One such value would fail the transaction of all that share it.
+    #[error("it contains the character U+0000, which cannot be stored; leave it out")]
+    Nul,
 }
 
 /// Whether a text of JSON is within bounds. It need not be valid: that is the parser's to say.
@@ -39,6 +43,7 @@ pub fn check(json: &[u8]) -> Result<(), OutOfBounds> {
                 while let Some(byte) = bytes.next() {
                     match byte {
                         b'"' => break,
+                        b'\\' if bytes.as_slice().starts_with(b"u0000") => return Err(OutOfBounds::Nul),
                         b'\\' => drop(bytes.next()),
                         _ => {}
                     }
@@ -75,6 +80,14 @@ mod tests {
         assert_eq!(check(nested(MAX_DEPTH).as_bytes()), Ok(()));
         assert_eq!(check(nested(MAX_DEPTH + 1).as_bytes()), Err(OutOfBounds::Depth));
         assert_eq!(check("[],".repeat(MAX_VALUES).as_bytes()), Err(OutOfBounds::Values));
+        for nul in [json!("\u{0}"), json!({"a\u{0}": [1]}), json!(["a\\\u{0}"])] {
+            assert_eq!(check(nul.to_string().as_bytes()), Err(OutOfBounds::Nul), "{nul}");
+        }
+        assert_eq!(
+            check(json!("\\u0000").to_string().as_bytes()),
+            Ok(()),
+            "a backslash, and what looks like it"
+        );
         // Brackets in texts are not levels.
         assert_eq!(check(json!("[\"{".repeat(100)).to_string().as_bytes()), Ok(()));
     }
@@ -87,12 +100,22 @@ mod tests {
         }
     }
 
+    fn has_nul(v: &Value) -> bool {
+        match v {
+            Value::String(text) => text.contains('\0'),
+            Value::Array(all) => all.iter().any(has_nul),
+            Value::Object(all) => all.iter().any(|(name, v)| name.contains('\0') || has_nul(v)),
+            _ => false,
+        }
+    }
+
     fn documents() -> impl Strategy<Value = Value> {
         let leaf = prop_oneof![
             Just(Value::Null),
             any::<bool>().prop_map(Value::from),
             any::<i64>().prop_map(Value::from),
             ".*".prop_map(Value::from),
+            "[a\\\\u0\u{0}]{0,8}".prop_map(Value::from),
         ];
         leaf.prop_recursive(48, 96, 3, |inner| {
             prop_oneof![
@@ -104,10 +127,10 @@ mod tests {
     }
 
     proptest! {
-        /// What is valid JSON is let through if and only if it is no deeper than allowed.
+        /// What is valid JSON is let through if and only if it is no deeper than allowed, and can be kept.
         #[test]
-        fn valid_documents_are_judged_by_their_depth(document in documents()) {
-            let allowed = depth(&document) <= MAX_DEPTH;
+        fn valid_documents_are_judged_by_their_depth_and_texts(document in documents()) {
+            let allowed = depth(&document) <= MAX_DEPTH && !has_nul(&document);
             prop_assert_eq!(check(document.to_string().as_bytes()).is_ok(), allowed);
         }
 
